@@ -1,0 +1,44 @@
+#!/usr/bin/env python
+"""Fine-tune a causal language model with LD-MoLE.
+
+    deepspeed --num_gpus 2 launch/train.py --deepspeed ds_configs/zero2.json
+
+trains the embedded model on the embedded data. See --help, and README.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldmole_ds.training.runtime import run_main  # noqa: E402
+
+# The embedded run: a few minutes on two CPU cores. Any flag overrides any of these.
+DEMO_DEFAULTS = {
+    "output_dir": "runs/demo",
+    "max_steps": 80,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 16,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 8,
+    "lora_dropout": 0.0,
+    "sparsity_loss_weight": 0.1,
+    "target_num_experts": 2,
+    "save_strategy": "no",
+    "logging_steps": 5,
+}
+
+
+def main(argv: list[str]) -> None:
+    from ldmole_ds.training.arguments import parse_flags
+    from ldmole_ds.training.data import demo_data_defaults
+    from ldmole_ds.training.run import train
+
+    train(*parse_flags(argv, {**DEMO_DEFAULTS, **demo_data_defaults()}))
+
+
+if __name__ == "__main__":
+    run_main(main)

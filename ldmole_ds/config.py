@@ -1,0 +1,162 @@
+"""The adapter's configuration: one dataclass, validated when it is made, saved beside the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROUTERS = ("sparsegen", "sparsegen_fixed", "softmax", "topk", "lora")
+LAMBDA_SHARING = ("shared", "per_layer")
+LAMBDA_INITS = ("live", "paper")
+BALANCE_STATISTICS = ("global", "per_rank")
+INPUT_GROUP_MODES = ("auto", "single")
+ADAPTER_DTYPES = (None, "float32", "bfloat16", "float16")
+EXPERT_DISPATCH = ("tokens", "weights")
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+def _help(default: Any, text: str, **kwargs: Any) -> Any:
+    return field(default=default, metadata={"help": text, **kwargs})
+
+
+@dataclass
+class LDMoLEConfig:
+    """What an LD-MoLE adapter is (arXiv 2509.25684), independent of how it is laid out over ranks.
+
+    The defaults are those of the authors' released run, but for ``lambda_init`` (see ``LambdaMLP``). Layout
+    (``ep_size``, ``expert_dispatch``) is not part of the adapter: an adapter trained on eight ranks loads on one.
+
+    Raises:
+        ValueError: a field has a value that cannot work; the message names the field and the remedy.
+    """
+
+    num_experts: int = _help(8, "LoRA experts per adapted linear layer (E).")
+    r: int = _help(8, "Rank of each expert.")
+    lora_alpha: float = _help(16.0, "LoRA scaling numerator: the experts' sum is multiplied by lora_alpha / r.")
+    lora_dropout: float = _help(0.1, "Dropout on the adapter's input; router, lambda MLP and experts share one mask.")
+    target_modules: str | list[str] = field(
+        default="all-linear",
+        metadata={
+            "help": "Which linear layers get experts: 'all-linear' (all but the head), a list of name endings, "
+            "or one regular expression matched against the full module name."
+        },
+    )
+    router: str = _help(
+        "sparsegen",
+        "How experts are chosen: sparsegen (learned lambda per token), sparsegen_fixed, softmax (dense), "
+        "topk, or lora (plain LoRA: one expert, no router).",
+        choices=ROUTERS,
+    )
+    lambda_hidden_size: int = _help(256, "Hidden units of the lambda MLP.")
+    lambda_sharing: str = _help(
+        "shared", "One lambda MLP per input width (shared) or one per input group (per_layer).", choices=LAMBDA_SHARING
+    )
+    lambda_init: str = _help(
+        "live",
+        "Start of the lambda MLP: live (hidden bias 0) or paper (all biases -2.5, as the authors).",
+        choices=LAMBDA_INITS,
+    )
+    fixed_lambda: float = _help(0.0, "lambda of router sparsegen_fixed; 0 is sparsemax, must be below 1.")
+    topk: int = _help(2, "Experts per token of router topk.")
+    target_num_experts: int = _help(2, "k of the sparsity loss: no penalty for tokens with at most k experts.")
+    sparsity_loss_weight: float = _help(0.0, "Weight of the sparsity loss.")
+    load_balancing_loss_weight: float = _help(1.0, "Weight of the load balancing loss.")
+    router_z_loss_weight: float = _help(0.0, "Weight of the router z-loss.")
+    mask_padding: bool = _help(
+        True, "Padding is neither routed nor counted. False: routed, and masked in the balance loss only (authors)."
+    )
+    balance_statistics: str = _help(
+        "global",
+        "Expert shares of the balance loss over all data-parallel ranks, or per_rank.",
+        choices=BALANCE_STATISTICS,
+    )
+    input_groups: str = _help(
+        "auto",
+        "auto: projections that read one tensor (q, k, v) share one routing pass and one dispatch; single: never.",
+        choices=INPUT_GROUP_MODES,
+    )
+    adapter_dtype: str | None = _help(None, "float32, bfloat16 or float16; default: the base model's dtype.")
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Names of further modules trained in full and saved with the adapter."}
+    )
+    base_model_name_or_path: str | None = _help(None, "Filled by training: the base model the adapter belongs to.")
+    base_model_revision: str | None = _help(None, "Filled by training: the base model's revision.")
+    projection_groups: list[list[str]] | None = field(
+        default=None, metadata={"help": "Filled by training: the input groups that were found."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target_modules, (tuple, set)):
+            self.target_modules = sorted(self.target_modules)
+        if self.router == "lora":
+            self.num_experts = 1
+        for name in ("num_experts", "r", "lambda_hidden_size", "target_num_experts", "topk"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+        if not self.lora_alpha > 0:
+            raise ValueError(f"lora_alpha must be above 0, got {self.lora_alpha!r}")
+        if not self.fixed_lambda < 1.0:
+            raise ValueError(f"fixed_lambda must be below 1 (at 1 Sparsegen is undefined), got {self.fixed_lambda!r}")
+        if self.router == "topk" and self.topk > self.num_experts:
+            raise ValueError(f"topk={self.topk} is more than num_experts={self.num_experts}: lower topk")
+        for name in ("sparsity_loss_weight", "load_balancing_loss_weight", "router_z_loss_weight"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)!r}")
+        for name, allowed in (
+            ("router", ROUTERS),
+            ("lambda_sharing", LAMBDA_SHARING),
+            ("lambda_init", LAMBDA_INITS),
+            ("balance_statistics", BALANCE_STATISTICS),
+            ("input_groups", INPUT_GROUP_MODES),
+            ("adapter_dtype", ADAPTER_DTYPES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not known: use one of {', '.join(map(str, allowed))}"
+                )
+        if not self.target_modules:
+            raise ValueError("target_modules is empty: use 'all-linear', a list of names, or a regular expression")
+
+    @property
+    def scaling(self) -> float:
+        """The factor on the experts' sum, ``lora_alpha / r``."""
+        return self.lora_alpha / self.r
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, and the method's name, as plain JSON types."""
+        return {"peft_type": "LD_MOLE", **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LDMoLEConfig:
+        """The inverse of `to_dict`; an unknown field is an error, not a silent loss."""
+        values = {k: v for k, v in values.items() if k != "peft_type"}
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"unknown adapter settings {unknown}: written by a newer ldmole_ds? upgrade, or remove them"
+            )
+        return cls(**values)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> LDMoLEConfig:
+        """Read ``adapter_config.json`` from an adapter folder."""
+        path = Path(folder) / CONFIG_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist: give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}"
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON ({error}): restore it from a complete save") from error
+        if values.get("peft_type") != "LD_MOLE":
+            raise ValueError(f"{path} describes a {values.get('peft_type')!r} adapter, not LD_MOLE")
+        return cls.from_dict(values)

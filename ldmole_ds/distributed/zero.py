@@ -1,0 +1,34 @@
+"""The one place that touches ZeRO-3's gathering of parameters; a no-op elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+
+def is_zero3_parameter(param: torch.Tensor) -> bool:
+    """Whether ``param`` is partitioned by ZeRO-3 (its data may be absent)."""
+    return hasattr(param, "ds_id")
+
+
+def gathered(params: Iterable[nn.Parameter], modifier_rank: int | None = None) -> AbstractContextManager:
+    """Context in which ZeRO-3 parameters are whole. Collective over their partition groups.
+
+    Args:
+        params: Parameters; those that ZeRO-3 does not hold are left alone.
+        modifier_rank: Rank whose changes are kept on exit; None when nothing is changed.
+    """
+    partitioned = [p for p in params if is_zero3_parameter(p)]
+    if not partitioned:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=modifier_rank)
+
+
+def full_shape(param: torch.Tensor) -> torch.Size:
+    """The whole parameter's shape, also while ZeRO-3 has released its data."""
+    return torch.Size(param.ds_shape) if is_zero3_parameter(param) else param.shape

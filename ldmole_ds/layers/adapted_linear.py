@@ -1,0 +1,50 @@
+"""A frozen linear layer with experts beside it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ldmole_ds.layers.input_group import InputGroup
+
+
+class AdaptedLinear(nn.Module):
+    """``y = W x + (alpha / r) sum_i p_i B_i A_i x``: the frozen layer, and its share of its input group's result.
+
+    It owns no adapter parameters; the input group does, and is registered once on the model.
+    """
+
+    def __init__(self, base_layer: nn.Module, group: InputGroup, member: int) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        # Not registered as a child: several adapted linears share one group.
+        self.__dict__["group"] = group
+        self.member = member
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., D) -> (..., O)``."""
+        if not self.enabled:
+            return self.base_layer(x)
+        update = self.group.output_of(self.member, x)
+        return self.base_layer(x) + update
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight (models read its dtype or device)."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias."""
+        return self.base_layer.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.group.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.group.out_features[self.member]

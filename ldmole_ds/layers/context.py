@@ -1,0 +1,93 @@
+"""What one forward pass of the model shares with its adapted layers: the padding mask in, routing records out.
+
+The model owns one `ContextHolder`; every input group holds the same one. There is no module-level state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RoutingRecord:
+    """The routing of one input group in one forward pass.
+
+    Attributes:
+        group: Name of the input group.
+        logits_TGE: Router logits, float32, with their graph.
+        probs_TGE: Routing weights, float32, zero for tokens that are not routed, with their graph.
+        lam_T: lambda per token, float32, or None for routers without one.
+        mask_T: bool, True for tokens that are not padding; None when there is no padding mask.
+        live_units_H: bool, lambda MLP hidden units that fired on some token; None for routers without one.
+    """
+
+    group: str
+    logits_TGE: Tensor
+    probs_TGE: Tensor
+    lam_T: Tensor | None
+    mask_T: Tensor | None
+    live_units_H: Tensor | None
+
+
+@dataclass
+class ForwardContext:
+    """State of one call of the model's forward.
+
+    Attributes:
+        padding_mask: ``(B, S)`` bool, True for real tokens, or None.
+        recording: Whether groups append to ``records`` (off while activation checkpointing recomputes).
+        records: In the order in which the groups ran.
+    """
+
+    padding_mask: Tensor | None = None
+    recording: bool = True
+    records: list[RoutingRecord] = field(default_factory=list)
+
+    def token_mask(self, x: Tensor) -> Tensor | None:
+        """``(T,)`` mask of the rows of ``x (..., D)`` flattened, or None where the mask does not describe them."""
+        mask = self.padding_mask
+        if mask is None:
+            return None
+        if x.dim() == 3 and x.shape[0] == mask.shape[0]:
+            # With a KV cache the mask covers past tokens too: the last columns are those of this call.
+            if x.shape[1] <= mask.shape[1]:
+                return mask[:, mask.shape[1] - x.shape[1] :].reshape(-1)
+        elif x.dim() == 2 and x.shape[0] == mask.numel():
+            return mask.reshape(-1)
+        return None
+
+
+class ContextHolder:
+    """The slot through which groups find the running forward pass; ``current`` is None between passes."""
+
+    def __init__(self) -> None:
+        self.current: ForwardContext | None = None
+
+    @contextmanager
+    def use(self, context: ForwardContext) -> Iterator[ForwardContext]:
+        """Make ``context`` the current one for the duration."""
+        previous, self.current = self.current, context
+        try:
+            yield context
+        finally:
+            self.current = previous
+
+    def checkpoint_contexts(self):
+        """``context_fn`` for non-reentrant checkpointing: recomputation sees the mask of its own forward pass.
+
+        Two micro-batches may be in flight before the first backward, so "the last mask" would be the wrong one. The
+        second pass does not record: auxiliary losses are counted once.
+        """
+        forward_context = self.current or ForwardContext()
+        replay = ForwardContext(padding_mask=forward_context.padding_mask, recording=False)
+        return self.use(forward_context), self.use(replay)
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread (only recomputation calls a forward then)."""
+    return torch._C._current_graph_task_id() != -1

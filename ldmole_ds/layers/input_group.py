@@ -1,0 +1,210 @@
+"""Input groups: the projections that read one tensor share dropout, lambda, router pass and dispatch.
+
+A Llama layer has four: q/k/v, o, gate/up, down. The group runs once; each member takes its slice.
+
+    x -> dropout -> logits of all members, lambda -> routing weights -> dispatch -> experts of all members -> combine
+
+How the members find each other. Hugging Face models call q, k and v one after another on the same tensor, or (under
+ZeRO-3) on different tensor objects over one storage. The first member always starts a new computation; each other
+member takes its slice once, after its input was checked to be the same memory in the same version. The first member's
+input is held until then, so its memory cannot have been reused. A mismatch raises: it never computes on the wrong
+tensor.
+
+Shape legend: T tokens, D in_features, G members, E experts, e local experts, r rank, O summed out_features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldmole_ds.distributed import ExpertParallel, LocalTokenDispatcher
+from ldmole_ds.distributed.all_to_all import gather_experts
+from ldmole_ds.distributed.deepspeed_groups import mark_expert_parameter
+from ldmole_ds.layers.context import ContextHolder, ForwardContext, RoutingRecord, in_backward
+from ldmole_ds.layers.lambda_mlp import LambdaMLP
+from ldmole_ds.layers.routers import Router
+from ldmole_ds.ops import lora_experts
+
+
+def seeded_generator(seed: int, *names: object) -> torch.Generator:
+    """A generator that depends on the seed and the names only: not on rank, layout or the order of creation."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+
+
+def _memory_key(x: Tensor) -> tuple:
+    version = -1 if x.is_inference() else x._version
+    grad_mode = torch.is_grad_enabled()
+    return (x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride(), x.dtype, version, grad_mode)
+
+
+@dataclass
+class _Pending:
+    """A result whose members have not all taken their slice: the input is kept alive, and its memory's key."""
+
+    x: Tensor
+    key: tuple
+    outputs: tuple[Tensor, ...]
+    waiting: set[int]
+
+
+class InputGroup(nn.Module):
+    """Router, lambda and experts of the projections ``members``, which read the same input of width ``in_features``.
+
+    Args:
+        name: Unique name, used in errors and reports.
+        members: Full module names of the projections, in call order.
+        in_features: D.
+        out_features: O_g of each member.
+        num_experts: E, over all ranks.
+        r: Rank of each expert.
+        scaling: ``lora_alpha / r``.
+        dropout: Probability; the mask is drawn once, before dispatch, so it does not depend on ``ep_size``.
+        router: How routing weights are made.
+        lambda_mlp: Shared (registered elsewhere) or owned; None for routers without lambda.
+        owns_lambda_mlp: Whether ``lambda_mlp`` is registered here.
+        topology: Which experts are held here.
+        dispatcher: How tokens meet their experts.
+        holder: Where the running forward pass is found.
+        mask_padding: Padding is not routed.
+        seed, dtype, device: Of the parameters. Expert i of a projection starts from (seed, projection, i) alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        members: list[str],
+        in_features: int,
+        out_features: list[int],
+        num_experts: int,
+        r: int,
+        scaling: float,
+        dropout: float,
+        router: Router,
+        lambda_mlp: LambdaMLP | None,
+        owns_lambda_mlp: bool,
+        topology: ExpertParallel,
+        dispatcher: LocalTokenDispatcher,
+        holder: ContextHolder,
+        mask_padding: bool,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__()
+        self.name, self.members = name, list(members)
+        self.in_features, self.out_features = in_features, list(out_features)
+        self.num_experts, self.r, self.scaling, self.dropout = num_experts, r, scaling, dropout
+        self.router, self.topology, self.dispatcher, self.holder = router, topology, dispatcher, holder
+        self.mask_padding = mask_padding
+        self.partitioned = topology.partitions(num_experts)
+        if owns_lambda_mlp:
+            self.lambda_mlp = lambda_mlp
+        else:
+            self.__dict__["lambda_mlp"] = lambda_mlp
+        self._pending: _Pending | None = None
+
+        local = topology.local_experts(num_experts)
+        bound = 1 / math.sqrt(in_features)
+
+        def uniform(*shape: int, names: tuple) -> Tensor:
+            return (torch.rand(*shape, generator=seeded_generator(seed, *names)) * 2 - 1) * bound
+
+        def parameter(value: Tensor) -> nn.Parameter:
+            return nn.Parameter(value.to(device=device, dtype=dtype))
+
+        gate = [uniform(num_experts, in_features, names=(m, "router")) for m in members]
+        lora_A = [torch.stack([uniform(r, in_features, names=(m, "lora_A", i)) for i in local]) for m in members]
+        self.gate = parameter(torch.stack(gate)) if router.uses_gate else None
+        self.lora_A = parameter(torch.stack(lora_A))
+        self.lora_B = nn.ParameterList([parameter(torch.zeros(len(local), r, o)) for o in out_features])
+        if self.partitioned:
+            for param in self.expert_parameters():
+                mark_expert_parameter(param, topology.group_name, topology.edp_group)
+
+    def expert_parameters(self) -> list[nn.Parameter]:
+        """``lora_A (G, e, r, D)`` and every ``lora_B (e, r, O_g)``: those that expert parallelism partitions."""
+        return [self.lora_A, *self.lora_B]
+
+    def output_of(self, member: int, x: Tensor) -> Tensor:
+        """The update for one member, ``(..., D) -> (..., O_g)``; runs the group for the first member that asks."""
+        pending = self._pending
+        if pending is None or member == 0:
+            outputs = self(x)
+            if len(self.members) > 1:
+                self._pending = _Pending(x, _memory_key(x), outputs, set(range(len(self.members))) - {member})
+            return outputs[member]
+        if member not in pending.waiting or (not torch.compiler.is_compiling() and pending.key != _memory_key(x)):
+            self._pending = None
+            raise RuntimeError(
+                f"{self.members[member]} was called on another input than {self.members[0]}, although both were found "
+                "to read the same tensor: set input_groups='single' (--input_groups single) for this model"
+            )
+        pending.waiting.discard(member)
+        if not pending.waiting:
+            self._pending = None
+        return pending.outputs[member]
+
+    def clear(self) -> None:
+        """Forget a result that not all members have taken (they need not all be called)."""
+        self._pending = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """``(..., D) -> G updates (..., O_g)`` in the dtype of ``x``."""
+        context = self._context()
+        x_TD = x.reshape(-1, self.in_features).to(self.lora_A.dtype)
+        if self.dropout and self.training:
+            x_TD = F.dropout(x_TD, self.dropout)
+        probs_TGE = self._route(x_TD, context.token_mask(x), context)
+        y_TO = self.dispatcher.run(x_TD, probs_TGE, self._experts, self.name)
+        y = y_TO.to(x.dtype).view(*x.shape[:-1], -1)
+        return y.split(self.out_features, dim=-1)
+
+    def _context(self) -> ForwardContext:
+        context = self.holder.current
+        if context is None:
+            if in_backward():
+                raise RuntimeError(
+                    "activation checkpointing was switched on behind the adapter's back: call "
+                    "gradient_checkpointing_enable() on the LDMoLEModel (use_reentrant=False), not on the base model"
+                )
+            context = ForwardContext(recording=False)
+        return context
+
+    def _route(self, x_TD: Tensor, mask_T: Tensor | None, context: ForwardContext) -> Tensor:
+        """Routing weights ``(T, G, E)`` float32; zero for tokens that are not routed."""
+        num_tokens, num_members = x_TD.shape[0], len(self.members)
+        lam_T = live_units_H = None
+        if self.gate is None:
+            logits = x_TD.new_zeros(num_tokens, num_members, self.num_experts, dtype=torch.float32)
+        else:
+            # Routing is float32 from here on: the support must not hang on bf16 rounding.
+            logits = F.linear(x_TD.float(), self.gate.view(-1, self.in_features).float())
+            logits = logits.view(num_tokens, num_members, self.num_experts)
+        if self.router.uses_lambda:
+            lam_T, live_units_H = self.lambda_mlp(x_TD)
+        probs = self.router.weights(logits, lam_T)
+        if mask_T is not None and self.mask_padding:
+            probs = torch.where(mask_T.view(-1, 1, 1), probs, 0.0)
+        if context.recording and self.gate is not None:
+            context.records.append(RoutingRecord(self.name, logits, probs, lam_T, mask_T, live_units_H))
+        return probs
+
+    def _experts(self, x_ND: Tensor, w_NGe: Tensor, gather_over=None, stats=None) -> Tensor:
+        """Sum of experts for ``(N, D), (N, G, e)``; with ``gather_over``, of all experts of that EP group."""
+        lora_A, lora_B = self.lora_A, list(self.lora_B)
+        if gather_over is not None:
+            lora_A = gather_experts(lora_A, 1, gather_over, stats)
+            lora_B = [gather_experts(b, 0, gather_over, stats) for b in lora_B]
+        return lora_experts(x_ND, w_NGe, lora_A, lora_B, self.scaling)
+
+    def extra_repr(self) -> str:
+        held = self.topology.local_experts(self.num_experts)
+        return f"members={[m.rsplit('.', 1)[-1] for m in self.members]}, experts {held.start}..{held.stop - 1} of {self.num_experts}, r={self.r}"

@@ -1,0 +1,190 @@
+"""The adapter on disk: one canonical form, keyed by projection and global expert, whatever the layout.
+
+``adapter_model.safetensors`` holds, per adapted projection ``<path>``:
+
+    <path>.lora_A (E, r, D)      <path>.lora_B (E, O, r)      <path>.router (E, D)
+    lambda_mlp.<key>.{weight_in, bias_in, weight_out, bias_out}      modules_to_save under their own names
+
+``<key>`` is the input width (shared) or the input group's name (per layer).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ldmole_ds.config import CONFIG_NAME, WEIGHTS_NAME
+from ldmole_ds.distributed.zero import full_shape, gathered
+
+if TYPE_CHECKING:
+    from ldmole_ds.layers import InputGroup
+    from ldmole_ds.model.ldmole_model import LDMoLEModel
+
+
+def _lambda_mlps(model: LDMoLEModel) -> dict[str, nn.Module]:
+    if model.lambda_mlps:
+        return dict(model.lambda_mlps.items())
+    return {g.name: g.lambda_mlp for g in model.input_groups if g.lambda_mlp is not None}
+
+
+def _saved_modules(model: LDMoLEModel) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.base_model.named_parameters() if p.requires_grad}
+
+
+def _all_experts(value: Tensor, group: InputGroup, dim: int) -> Tensor:
+    """All experts of a partitioned tensor, in global order. Collective over the EP group."""
+    if not group.partitioned:
+        return value
+    parts = [torch.empty_like(value) for _ in range(group.topology.ep_size)]
+    dist.all_gather(parts, value, group=group.topology.ep_group)
+    return torch.cat(parts, dim)
+
+
+@torch.no_grad()
+def gather_adapter_state(model: LDMoLEModel, *, keep: bool = True) -> dict[str, Tensor]:
+    """The canonical state on the CPU. Collective: every rank calls it.
+
+    Args:
+        model: Under any layout and ZeRO stage.
+        keep: Whether this rank wants the tensors (others take part and return nothing).
+    """
+    state: dict[str, Tensor] = {}
+
+    def put(key: str, value: Tensor) -> None:
+        if keep:
+            state[key] = value.detach().to("cpu", copy=True).contiguous()
+
+    for group in model.input_groups:
+        with gathered(group.parameters()):
+            lora_A = _all_experts(group.lora_A.detach().clone(), group, 1)
+            lora_B = [_all_experts(b.detach().clone(), group, 0) for b in group.lora_B]
+            for g, path in enumerate(group.members):
+                put(f"{path}.lora_A", lora_A[g])
+                put(f"{path}.lora_B", lora_B[g].transpose(1, 2))
+                if group.gate is not None:
+                    put(f"{path}.router", group.gate[g])
+    for key, mlp in _lambda_mlps(model).items():
+        with gathered(mlp.parameters()):
+            for name, param in mlp.named_parameters():
+                put(f"lambda_mlp.{key}.{name}", param)
+    for name, param in _saved_modules(model).items():
+        with gathered([param]):
+            put(name, param)
+    return state
+
+
+def save_adapter(model: LDMoLEModel, folder: Path) -> None:
+    """Gather on all ranks, write on rank 0, each file beside its final name and then renamed. Collective.
+
+    Raises:
+        OSError: the folder cannot be written; raised on every rank, so that none waits for the writer.
+    """
+    writer = model.topology.rank == 0
+    state = gather_adapter_state(model, keep=writer)
+    error: str | None = None
+    if writer:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            config = json.dumps(model.adapter_config.to_dict(), indent=2) + "\n"
+            write_atomically(folder / WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"}))
+            write_atomically(folder / CONFIG_NAME, lambda path: path.write_text(config, encoding="utf-8"))
+        except OSError as caught:
+            error = f"the adapter could not be saved in {folder}: {caught}"
+    if model.topology.world_size > 1:
+        box = [error]
+        dist.broadcast_object_list(box, src=0)
+        error = box[0]
+    if error:
+        raise OSError(error)
+
+
+def write_atomically(path: Path, write) -> None:
+    """Call ``write(temporary path)`` beside ``path``, flush it to disk, and rename it to ``path``."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, with a clear error for a missing or damaged one."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged or not a safetensors file ({error}): restore it from a good copy"
+        ) from error
+
+
+@torch.no_grad()
+def load_adapter(model: LDMoLEModel, folder: Path) -> None:
+    """Load a folder written by `save_adapter` into a model of any layout; each rank takes its own experts.
+
+    Raises:
+        ValueError: tensors are missing, unknown or of another shape.
+    """
+    load_state(model, read_state(folder / WEIGHTS_NAME), source=str(folder / WEIGHTS_NAME))
+
+
+@torch.no_grad()
+def load_state(model: LDMoLEModel, state: dict[str, Tensor], source: str) -> None:
+    """Load a canonical state; see `load_adapter`."""
+    state = dict(state)
+
+    def take(key: str, shape: tuple[int, ...]) -> Tensor:
+        if key not in state:
+            raise ValueError(f"{source} lacks {key}: it was written for another adapter configuration")
+        value = state.pop(key)
+        if tuple(value.shape) != tuple(shape):
+            raise ValueError(f"{source}: {key} has shape {tuple(value.shape)}, expected {tuple(shape)}")
+        return value
+
+    for group in model.input_groups:
+        experts = group.topology.local_experts(group.num_experts)
+        held, num_experts = slice(experts.start, experts.stop), group.num_experts
+        with gathered(group.parameters(), modifier_rank=0):
+            for g, path in enumerate(group.members):
+                lora_A = take(f"{path}.lora_A", (num_experts, group.r, group.in_features))
+                lora_B = take(f"{path}.lora_B", (num_experts, group.out_features[g], group.r))
+                group.lora_A.data[g].copy_(lora_A[held])
+                group.lora_B[g].data.copy_(lora_B[held].transpose(1, 2))
+                if group.gate is not None:
+                    group.gate.data[g].copy_(take(f"{path}.router", (num_experts, group.in_features)))
+    for key, mlp in _lambda_mlps(model).items():
+        with gathered(mlp.parameters(), modifier_rank=0):
+            for name, param in mlp.named_parameters():
+                param.data.copy_(take(f"lambda_mlp.{key}.{name}", tuple(full_shape(param))))
+    for name, param in _saved_modules(model).items():
+        with gathered([param], modifier_rank=0):
+            param.data.copy_(take(name, tuple(full_shape(param))))
+    if state:
+        raise ValueError(f"{source} holds tensors this model has no place for: {sorted(state)[:4]}")
+
+
+def count_parameters(model: LDMoLEModel) -> dict[str, int]:
+    """``{"trainable", "trainable_on_this_rank", "base"}``; trainable counts every expert once, over all ranks."""
+    local = total = base = 0
+    expert_ids = {id(p): g.topology.ep_size for g in model.input_groups if g.partitioned for p in g.expert_parameters()}
+    for param in model.parameters():
+        numel = full_shape(param).numel()
+        if param.requires_grad:
+            local += numel
+            total += numel * expert_ids.get(id(param), 1)
+        else:
+            base += numel
+    return {"trainable": total, "trainable_on_this_rank": local, "base": base}

@@ -1,0 +1,152 @@
+"""The auxiliary losses of one forward pass, independent of how the batch is laid out.
+
+Every loss is a mean over tokens, or a product of two such means. Ranks and micro-steps hold different numbers of
+tokens, so each rank adds its local sums and divides by global counts:
+
+    sparsity, z    sum over local tokens / routed tokens of the whole optimizer step (all ranks, all micro-steps)
+    balancing      E sum_e f_e P_e of this micro-step over all ranks, / accumulation steps: f_e (no gradient) is
+                   reduced over ranks, and the local share of P_e is divided by the global token count
+
+One all-reduce of a few counts per forward pass serves all layers. The share of each rank carries the factor W (number
+of ranks) when gradients are averaged over ranks, and 1 when the caller multiplies by W itself, as the Hugging Face
+Trainer does when it passes ``num_items_in_batch``.
+
+Shape legend: T local tokens, J projections, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ldmole_ds.distributed.dispatch import raise_non_finite
+from ldmole_ds.layers import RoutingRecord
+from ldmole_ds.ops.losses import router_z_sum, sparsity_sum
+
+NAMES = ("sparsity", "load_balancing", "router_z")
+
+
+@dataclass
+class RoutingBatch:
+    """Records of groups with equal T and E, side by side, so that each statistic is one operation for all of them."""
+
+    names: list[tuple[str, int]]
+    logits_TJE: Tensor
+    probs_TJE: Tensor
+    lam_TJ: Tensor | None
+    mask_T: Tensor | None
+
+    @classmethod
+    def collect(cls, records: Iterable[RoutingRecord]) -> list[RoutingBatch]:
+        """Group records that can be put side by side; the order is that of the forward pass."""
+        buckets: dict[tuple, list[RoutingRecord]] = {}
+        for record in records:
+            tokens, _, experts = record.logits_TGE.shape
+            key = (tokens, experts, record.mask_T is None, record.lam_T is None)
+            buckets.setdefault(key, []).append(record)
+        return [cls._side_by_side(bucket) for bucket in buckets.values()]
+
+    @classmethod
+    def _side_by_side(cls, records: list[RoutingRecord]) -> RoutingBatch:
+        names = [(r.group, j) for r in records for j in range(r.logits_TGE.shape[1])]
+        lam = None
+        if records[0].lam_T is not None:
+            lam = torch.cat([r.lam_T.unsqueeze(1).expand(-1, r.logits_TGE.shape[1]) for r in records], 1)
+        return cls(
+            names,
+            torch.cat([r.logits_TGE for r in records], 1),
+            torch.cat([r.probs_TGE for r in records], 1),
+            lam,
+            records[0].mask_T,
+        )
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """How local sums become shares of a global loss.
+
+    Attributes:
+        world_size: Data-parallel ranks, W.
+        factor: W where gradients are averaged over ranks, 1 where the caller multiplies by W.
+        num_routed_tokens: Of the whole optimizer step over all ranks; None for those of this forward pass.
+        accumulation_steps: Micro-steps per optimizer step.
+        global_statistics: Balance statistics over all ranks, or per rank.
+        reduce: Whether counts are reduced over ranks (training); every rank must agree.
+    """
+
+    world_size: int = 1
+    factor: float = 1.0
+    num_routed_tokens: Tensor | float | None = None
+    accumulation_steps: int = 1
+    global_statistics: bool = True
+    reduce: bool = False
+
+
+def auxiliary_losses(
+    batches: list[RoutingBatch], normalizer: Normalizer, *, target_num_experts: int, mask_padding: bool, device
+) -> dict[str, Tensor]:
+    """Sparsity, load balancing and router z-loss, each the mean over all projections: float32 scalars with graph.
+
+    Raises:
+        FloatingPointError: non-finite routing on any rank; names the layer, on every rank.
+    """
+    if not batches:
+        return {name: torch.zeros((), device=device) for name in NAMES}
+    active = [_active_counts(b) for b in batches]
+    num_tokens = torch.stack([_count(b, masked=True) for b in batches])
+    num_routed = torch.stack([_count(b, masked=mask_padding) for b in batches])
+    broken = torch.cat([(~torch.isfinite(b.logits_TJE)).flatten(2).any(2).any(0) for b in batches])
+    local = torch.cat([*(a.flatten() for a in active), num_tokens, num_routed, broken]).double()
+    total = local.clone()
+    if normalizer.reduce and normalizer.world_size > 1:
+        dist.all_reduce(total)
+    sizes = [a.numel() for a in active]
+    *active_all, num_tokens_all, num_routed_all, broken_all = total.split(
+        [*sizes, len(batches), len(batches), broken.numel()]
+    )
+    # NOTE: the one device-to-host synchronisation of a forward pass where no token is dispatched.
+    if broken_all.any():
+        names = [name for b in batches for name in b.names]
+        raise_non_finite(names[int(broken_all.nonzero()[0])][0])
+
+    factor, per_rank_factor = normalizer.factor, normalizer.factor / normalizer.world_size
+    sums = {name: torch.zeros((), device=device) for name in NAMES}
+    for i, batch in enumerate(batches):
+        routed_mask = batch.mask_T if mask_padding else None
+        routed = normalizer.num_routed_tokens
+        routed = (num_routed_all[i] if routed is None else routed) + 0.0
+        routed = torch.as_tensor(routed, device=device, dtype=torch.float32).clamp(min=1)
+        if batch.lam_TJ is not None:
+            sparsity = sparsity_sum(batch.logits_TJE, batch.lam_TJ, target_num_experts, routed_mask)
+            sums["sparsity"] = sums["sparsity"] + factor * (sparsity / routed).sum()
+        sums["router_z"] = sums["router_z"] + factor * (router_z_sum(batch.logits_TJE, routed_mask) / routed).sum()
+
+        counts, tokens, scale = active_all[i].view_as(active[i]).float(), num_tokens_all[i].float(), factor
+        if not normalizer.global_statistics:
+            counts, tokens, scale = active[i].float(), num_tokens[i].float(), per_rank_factor
+        share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+        mean_probs = _counted_probs(batch).sum(0) / tokens.clamp(min=1)
+        balance = batch.logits_TJE.shape[-1] * (share * mean_probs).sum()
+        sums["load_balancing"] = sums["load_balancing"] + scale / normalizer.accumulation_steps * balance
+    num_projections = sum(len(b.names) for b in batches)
+    return {name: value / num_projections for name, value in sums.items()}
+
+
+def _counted_probs(batch: RoutingBatch) -> Tensor:
+    """Routing weights of real tokens; padding zeroed (it already is where padding is not routed)."""
+    return batch.probs_TJE if batch.mask_T is None else torch.where(batch.mask_T.view(-1, 1, 1), batch.probs_TJE, 0.0)
+
+
+def _active_counts(batch: RoutingBatch) -> Tensor:
+    """``(J, E)``: real tokens that give each expert a non-zero weight."""
+    return (_counted_probs(batch).detach() > 0).sum(0)
+
+
+def _count(batch: RoutingBatch, masked: bool) -> Tensor:
+    if masked and batch.mask_T is not None:
+        return batch.mask_T.sum()
+    return torch.tensor(batch.logits_TJE.shape[0], device=batch.logits_TJE.device)

@@ -1,0 +1,152 @@
+"""Puts experts into a model: finds targets and groups, freezes the base, replaces the linear layers."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+
+import torch
+from torch import nn
+
+from ldmole_ds.config import LDMoLEConfig
+from ldmole_ds.distributed import CommStats, build_dispatcher, expert_parallel
+from ldmole_ds.layers import AdaptedLinear, InputGroup, LambdaMLP, build_router
+from ldmole_ds.layers.context import ContextHolder
+from ldmole_ds.layers.input_group import seeded_generator
+from ldmole_ds.model.grouping import find_input_groups
+from ldmole_ds.model.ldmole_model import LDMoLEModel
+from ldmole_ds.model.targets import find_targets, linear_features
+
+logger = logging.getLogger(__name__)
+
+
+def get_ldmole_model(
+    base_model: nn.Module,
+    config: LDMoLEConfig | None = None,
+    seed: int = 0,
+    ep_size: int = 1,
+    expert_dispatch: str = "tokens",
+) -> LDMoLEModel:
+    """Give a Hugging Face model LoRA experts (in place) and wrap it.
+
+    The base model is frozen. The experts' start depends on ``seed`` and the expert's global index only, so every
+    layout starts from the same weights.
+
+    Args:
+        base_model: Any Hugging Face model; also one partitioned by ``zero.Init``.
+        config: The adapter; defaults to `LDMoLEConfig()`.
+        seed: Of the adapter's start.
+        ep_size: Ranks that share one copy of all experts; above 1 it needs an initialised process group.
+        expert_dispatch: ``tokens`` moves tokens to experts, ``weights`` gathers experts; equal results.
+
+    Raises:
+        ValueError: ``ep_size`` does not divide ranks or experts, or no target module matches.
+    """
+    config = config or LDMoLEConfig()
+    if isinstance(base_model, LDMoLEModel) or any(isinstance(m, AdaptedLinear) for m in base_model.modules()):
+        raise ValueError("the model already has LD-MoLE experts: pass the bare base model")
+    topology = expert_parallel(ep_size)
+    if config.router != "lora" and config.num_experts % ep_size:
+        raise ValueError(
+            f"num_experts={config.num_experts} is not divisible by ep_size={ep_size}: change --num_experts, or use an "
+            f"--ep_size among {[p for p in range(1, config.num_experts + 1) if config.num_experts % p == 0]}"
+        )
+    if topology.ep_size > 1 and not topology.partitions(config.num_experts):
+        logger.warning("%d experts per layer stay replicated on all ranks: ep_size has no effect", config.num_experts)
+    targets = find_targets(base_model, config.target_modules, config.modules_to_save)
+    groups = _checked_groups(config, targets) or find_input_groups(base_model, targets, config.input_groups)
+    config = dataclasses.replace(config, projection_groups=copy.deepcopy(groups))
+
+    base_model.requires_grad_(False)
+    holder, stats = ContextHolder(), CommStats()
+    router = build_router(config.router, fixed_lambda=config.fixed_lambda, topk=config.topk)
+    dispatcher = build_dispatcher(topology, config.num_experts, expert_dispatch, stats)
+    lambda_mlps: dict[str, LambdaMLP] = {}
+    input_groups = []
+    for members in groups:
+        features = [linear_features(targets[name]) for name in members]
+        in_features, out_features = features[0][0], [f[1] for f in features]
+        weight = targets[members[0]].weight
+        dtype = getattr(torch, config.adapter_dtype) if config.adapter_dtype else weight.dtype
+        name = _group_name(members)
+        lambda_mlp = None
+        if router.uses_lambda:
+            shared = config.lambda_sharing == "shared"
+            key = str(in_features) if shared else name
+            if key not in lambda_mlps:
+                lambda_mlps[key] = LambdaMLP(
+                    in_features,
+                    config.lambda_hidden_size,
+                    init=config.lambda_init,
+                    generator=seeded_generator(seed, "lambda_mlp", key),
+                    dtype=dtype,
+                    device=weight.device,
+                )
+            lambda_mlp = lambda_mlps[key]
+        group = InputGroup(
+            name=name,
+            members=members,
+            in_features=in_features,
+            out_features=out_features,
+            num_experts=config.num_experts,
+            r=config.r,
+            scaling=config.scaling,
+            dropout=config.lora_dropout,
+            router=router,
+            lambda_mlp=lambda_mlp,
+            owns_lambda_mlp=config.lambda_sharing == "per_layer",
+            topology=topology,
+            dispatcher=dispatcher,
+            holder=holder,
+            mask_padding=config.mask_padding,
+            seed=seed,
+            dtype=dtype,
+            device=weight.device,
+        )
+        input_groups.append(group)
+        for member, path in enumerate(members):
+            _replace(base_model, path, AdaptedLinear(targets[path], group, member))
+    _train_in_full(base_model, config.modules_to_save)
+    shared_mlps = lambda_mlps if config.lambda_sharing == "shared" else {}
+    return LDMoLEModel(base_model, config, input_groups, shared_mlps, topology, holder, stats, expert_dispatch)
+
+
+def _checked_groups(config: LDMoLEConfig, targets: dict[str, nn.Module]) -> list[list[str]] | None:
+    """The groups a saved adapter was trained with, if they cover exactly the targets of this model."""
+    if config.projection_groups is None:
+        return None
+    names = [name for group in config.projection_groups for name in group]
+    if sorted(names) != sorted(targets):
+        difference = sorted(set(names) ^ set(targets))
+        raise ValueError(
+            f"the adapter was made for another base model: its projections differ from this model's in {difference[:4]}"
+            f"{' ...' if len(difference) > 4 else ''} ({len(difference)} in all)"
+        )
+    return config.projection_groups
+
+
+def _group_name(members: list[str]) -> str:
+    """``model.layers.0.self_attn.{q_proj,k_proj,v_proj}`` for three siblings, or the one full name."""
+    if len(members) == 1:
+        return members[0]
+    split = [m.split(".") for m in members]
+    depth = 0
+    while all(len(s) > depth + 1 and s[depth] == split[0][depth] for s in split):
+        depth += 1
+    rests = ",".join(".".join(s[depth:]) for s in split)
+    return ".".join([*split[0][:depth], "{" + rests + "}"])
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _train_in_full(model: nn.Module, names: list[str] | None) -> None:
+    for name in names or ():
+        matches = [m for path, m in model.named_modules() if path == name or path.endswith("." + name)]
+        if not matches:
+            raise ValueError(f"modules_to_save: no module of the base model is named {name!r}")
+        for module in matches:
+            module.requires_grad_(True)

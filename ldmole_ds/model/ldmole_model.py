@@ -1,0 +1,254 @@
+"""`LDMoLEModel`: a Hugging Face model with experts, which behaves like the model it wraps."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldmole_ds.config import LDMoLEConfig
+from ldmole_ds.distributed import CommStats, ExpertParallel
+from ldmole_ds.layers import AdaptedLinear, ForwardContext, InputGroup, LambdaMLP
+from ldmole_ds.layers.context import ContextHolder
+from ldmole_ds.model import adapter_io, reference_adapter
+from ldmole_ds.model.aux_losses import Normalizer, RoutingBatch, auxiliary_losses
+from ldmole_ds.model.routing_stats import RoutingStatistics
+
+
+class LDMoLEModel(nn.Module):
+    """A model with LoRA experts; made by `get_ldmole_model` or `from_pretrained`, not directly.
+
+    It forwards signature, ``config``, ``generate`` and every other attribute to the base model. ``out.loss`` includes
+    the weighted auxiliary losses while training; in eval mode it is the base model's loss alone and no collective for
+    statistics runs.
+
+    Attributes:
+        base_model: The Hugging Face model, its linear layers replaced in place.
+        adapter_config: The adapter's configuration.
+        input_groups: Owners of all router and expert parameters.
+        lambda_mlps: The shared lambda MLPs by input width (empty with ``lambda_sharing="per_layer"``).
+        topology: The expert-parallel layout.
+        comm_stats: Calls, rows and bytes of the expert-parallel collectives so far.
+        routing: Routing statistics since the last reset.
+    """
+
+    def __init__(
+        self,
+        base_model: nn.Module,
+        adapter_config: LDMoLEConfig,
+        input_groups: list[InputGroup],
+        lambda_mlps: dict[str, LambdaMLP],
+        topology: ExpertParallel,
+        holder: ContextHolder,
+        comm_stats: CommStats,
+        expert_dispatch: str,
+    ) -> None:
+        super().__init__()
+        self.base_model = base_model
+        self.adapter_config = adapter_config
+        self.input_groups = nn.ModuleList(input_groups)
+        self.lambda_mlps = nn.ModuleDict(lambda_mlps)
+        self.topology, self.comm_stats, self.expert_dispatch = topology, comm_stats, expert_dispatch
+        self.routing = RoutingStatistics({g.name: g.members for g in input_groups})
+        self._holder = holder
+        base_model.register_forward_pre_hook(self._open_context, with_kwargs=True)
+        base_model.register_forward_hook(self._close_context, always_call=True)
+        _adopt_signature(self, base_model)
+        config = getattr(base_model, "config", None)
+        if config is not None:
+            ignored = list(getattr(config, "keys_to_ignore_at_inference", None) or ["past_key_values"])
+            config.keys_to_ignore_at_inference = [*ignored, *({"aux_losses"} - set(ignored))]
+
+    def forward(
+        self,
+        *args: Any,
+        num_routed_tokens: Tensor | float | None = None,
+        gradient_accumulation_steps: int = 1,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward, with auxiliary losses.
+
+        Args:
+            *args: As the base model.
+            num_routed_tokens: Routed tokens of the whole optimizer step over all ranks; default: of this call. With
+                ragged micro-batches only the whole step's count makes the losses independent of the split.
+            gradient_accumulation_steps: Micro-steps per optimizer step, with ``num_routed_tokens``.
+            **kwargs: As the base model. With ``num_items_in_batch`` the loss is this rank's share of the global sum
+                (the Trainer multiplies by the number of ranks), else its mean over ranks is the global loss.
+
+        Returns:
+            The base model's output. With labels it has ``aux_losses``: ``{"sparsity", "load_balancing",
+            "router_z"}``, unweighted float32 scalars with their graph.
+
+        Raises:
+            FloatingPointError: Non-finite routing, on every rank, naming the layer.
+        """
+        bound = self._bind(args, kwargs)
+        context = ForwardContext(padding_mask=_padding_mask(bound.get("attention_mask")))
+        try:
+            with self._holder.use(context):
+                outputs = self.base_model(*args, **kwargs)
+        finally:
+            self._clear_pending()
+        batches = RoutingBatch.collect(context.records)
+        self.routing.add(batches, context.records)
+        if bound.get("labels") is None:
+            return outputs
+        config, reduce = self.adapter_config, self.training
+        world_size = self.topology.world_size if reduce else 1
+        losses = auxiliary_losses(
+            batches,
+            Normalizer(
+                world_size=world_size,
+                factor=1.0 if bound.get("num_items_in_batch") is not None else float(world_size),
+                num_routed_tokens=num_routed_tokens,
+                accumulation_steps=gradient_accumulation_steps,
+                global_statistics=config.balance_statistics == "global",
+                reduce=reduce,
+            ),
+            target_num_experts=config.target_num_experts,
+            mask_padding=config.mask_padding,
+            device=self._loss_device(),
+        )
+        return self._add_losses(outputs, losses)
+
+    def _bind(self, args: tuple, kwargs: dict) -> dict[str, Any]:
+        names = [n for n in inspect.signature(self.base_model.forward).parameters]
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def _loss_device(self) -> torch.device:
+        return next(self.input_groups[0].parameters()).device
+
+    def _add_losses(self, outputs: Any, losses: dict[str, Tensor]) -> Any:
+        if not isinstance(outputs, dict):
+            return self._add_to_first(outputs, losses) if self.training else outputs
+        if self.training and outputs.get("loss") is not None:
+            outputs["loss"] = outputs["loss"] + self.weighted(losses)
+        outputs["aux_losses"] = losses
+        return outputs
+
+    def _add_to_first(self, outputs: tuple, losses: dict[str, Tensor]) -> tuple:
+        return (outputs[0] + self.weighted(losses), *outputs[1:])
+
+    def weighted(self, losses: dict[str, Tensor]) -> Tensor:
+        """The sum of the auxiliary losses, weighted as configured."""
+        config = self.adapter_config
+        weights = {
+            "sparsity": config.sparsity_loss_weight,
+            "load_balancing": config.load_balancing_loss_weight,
+            "router_z": config.router_z_loss_weight,
+        }
+        return sum(weight * losses[name] for name, weight in weights.items())
+
+    def _open_context(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Calls that bypass our forward (``generate``) still see their padding mask; they record nothing."""
+        if self._holder.current is None:
+            mask = self._bind(args, kwargs).get("attention_mask")
+            self._holder.current = ForwardContext(padding_mask=_padding_mask(mask), recording=False)
+            self._opened_by_hook = True
+
+    def _close_context(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if getattr(self, "_opened_by_hook", False):
+            self._holder.current = None
+            self._opened_by_hook = False
+            self._clear_pending()
+
+    def _clear_pending(self) -> None:
+        for group in self.input_groups:
+            group.clear()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """Trade compute for memory. Non-reentrant only: the default here.
+
+        Raises:
+            ValueError: ``use_reentrant=True`` was asked for.
+        """
+        kwargs = dict(gradient_checkpointing_kwargs or {})
+        if kwargs.setdefault("use_reentrant", False):
+            raise ValueError(
+                "reentrant checkpointing loses the auxiliary losses' graph: pass use_reentrant=False "
+                "(--gradient_checkpointing_kwargs '{\"use_reentrant\": false}')"
+            )
+        kwargs["context_fn"] = self._holder.checkpoint_contexts
+        self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, the model is the bare base model."""
+        layers = [m for m in self.base_model.modules() if isinstance(m, AdaptedLinear)]
+        for layer in layers:
+            layer.enabled = False
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enabled = True
+
+    def routing_summary(self, reduce: bool = False) -> dict[str, dict]:
+        """Per projection: mean experts per token, load per expert, mean lambda and its spread over tokens, live hidden
+        units of the lambda MLP; see `RoutingStatistics.summary`. Collective with ``reduce=True``."""
+        return self.routing.summary(reduce)
+
+    def reset_routing_summary(self) -> None:
+        """Start the routing statistics anew."""
+        self.routing.reset()
+
+    def num_parameters_by_kind(self) -> dict[str, int]:
+        """Trainable parameters over all ranks, and those held by this rank."""
+        return adapter_io.count_parameters(self)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write ``adapter_config.json`` and one ``adapter_model.safetensors`` with all experts of all ranks.
+
+        Collective: every rank calls it; rank 0 writes. Works under every ZeRO stage.
+        """
+        adapter_io.save_adapter(self, Path(save_directory))
+
+    @classmethod
+    def from_pretrained(
+        cls, base_model: nn.Module, folder: str | Path, *, ep_size: int = 1, expert_dispatch: str = "tokens"
+    ) -> LDMoLEModel:
+        """Wrap ``base_model`` and load an adapter; needs torch, transformers and safetensors only."""
+        from ldmole_ds.model.inject import get_ldmole_model
+
+        config = LDMoLEConfig.from_pretrained(folder)
+        model = get_ldmole_model(base_model, config, ep_size=ep_size, expert_dispatch=expert_dispatch)
+        adapter_io.load_adapter(model, Path(folder))
+        return model.eval()
+
+    def load_reference_adapter(self, state_dict_or_path: dict[str, Tensor] | str | Path) -> None:
+        """Load weights written by the authors' code; see `reference_adapter`."""
+        reference_adapter.load_reference_adapter(self, state_dict_or_path)
+
+
+def _padding_mask(attention_mask: Any) -> Tensor | None:
+    """``(B, S)`` bool from a two-dimensional attention mask; None for other shapes, or no mask."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return None
+    return attention_mask != 0
+
+
+def _adopt_signature(model: LDMoLEModel, base_model: nn.Module) -> None:
+    """``inspect.signature(model.forward)`` is that of the base model: the Trainer reads it to keep columns."""
+
+    def forward(self: LDMoLEModel, *args: Any, **kwargs: Any) -> Any:
+        return LDMoLEModel.forward(self, *args, **kwargs)
+
+    parameters = list(inspect.signature(base_model.forward).parameters.values())
+    self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = inspect.Signature([self_parameter, *parameters])
+    model.forward = types.MethodType(forward, model)

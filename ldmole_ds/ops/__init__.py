@@ -1,0 +1,16 @@
+"""Pure torch functions: Sparsegen, the auxiliary losses, the expert products. Nothing here knows a process group."""
+
+from ldmole_ds.ops.lora_experts import lora_experts, lora_experts_reference
+from ldmole_ds.ops.losses import load_balancing_loss, lower_lambda, router_z_loss, sparsity_loss
+from ldmole_ds.ops.sparsegen import sparsegen, sparsegen_reference
+
+__all__ = [
+    "load_balancing_loss",
+    "lora_experts",
+    "lora_experts_reference",
+    "lower_lambda",
+    "router_z_loss",
+    "sparsegen",
+    "sparsegen_reference",
+    "sparsity_loss",
+]

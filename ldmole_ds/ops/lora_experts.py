@@ -1,0 +1,82 @@
+"""The experts' products for all projections of one input group.
+
+Shape legend: N tokens at the experts, D in_features, G projections, e local experts, r rank, O_g out_features of
+projection g, O their sum.
+
+    y_g = scaling * sum_i w_gi B_gi A_gi x
+
+Per token the experts of a projection differ in rank space only, so the sum over experts is two plain products over
+the stacked experts, ``((x A^T) * w) B``: no (N, e, O) tensor, no permutation of tokens by expert. Inactive experts
+carry weight 0 and contribute exact zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class _LoRAExperts(torch.autograd.Function):
+    """Forward and backward of the module docstring's formula; keeps x, h = x A^T and w, and nothing of size O."""
+
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, w_NGe: Tensor, lora_A: Tensor, scaling: float, *lora_B: Tensor) -> Tensor:
+        num_groups, e, r, d = lora_A.shape
+        n = x_ND.shape[0]
+        h = (x_ND @ lora_A.reshape(-1, d).t()).view(n, num_groups, e, r)
+        hw = (h * (w_NGe * scaling).unsqueeze(-1)).view(n, num_groups, e * r)
+        out_sizes = [b.shape[-1] for b in lora_B]
+        y = x_ND.new_empty(n, sum(out_sizes))
+        for g, (y_g, b) in enumerate(zip(y.split(out_sizes, dim=1), lora_B, strict=True)):
+            torch.mm(hw[:, g], b.reshape(e * r, -1), out=y_g)
+        ctx.save_for_backward(x_ND, w_NGe, h, lora_A, *lora_B)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor):
+        x, w, h, lora_A, *lora_B = ctx.saved_tensors
+        num_groups, e, r, d = lora_A.shape
+        n = x.shape[0]
+        need_x, need_w, need_A, _, *need_B = ctx.needs_input_grad
+        w_scaled = (w * ctx.scaling).unsqueeze(-1)
+        hw = (h * w_scaled).view(n, num_groups, e * r) if any(need_B) else None
+        grad_hw = torch.empty_like(h)
+        grad_B: list[Tensor | None] = []
+        grads = grad_y.split([b.shape[-1] for b in lora_B], dim=1)
+        for g, (dy, b) in enumerate(zip(grads, lora_B, strict=True)):
+            torch.mm(dy, b.reshape(e * r, -1).t(), out=grad_hw.view(n, num_groups, e * r)[:, g])
+            grad_B.append((hw[:, g].t() @ dy).view_as(b) if need_B[g] else None)
+        grad_w = (grad_hw * h).sum(-1).mul_(ctx.scaling) if need_w else None
+        grad_x = grad_A = None
+        if need_x or need_A:
+            grad_h = grad_hw.mul_(w_scaled).view(n, -1)
+            grad_A = (grad_h.t() @ x).view_as(lora_A) if need_A else None
+            grad_x = grad_h @ lora_A.reshape(-1, d) if need_x else None
+        return grad_x, grad_w, grad_A, None, *grad_B
+
+
+def lora_experts(x_ND: Tensor, w_NGe: Tensor, lora_A: Tensor, lora_B: list[Tensor], scaling: float) -> Tensor:
+    """Sum of the local experts of every projection of an input group.
+
+    Args:
+        x_ND: Tokens, ``(N, D)``; N may be 0.
+        w_NGe: Routing weights of the local experts, ``(N, G, e)``, dtype of ``x_ND``.
+        lora_A: ``(G, e, r, D)``.
+        lora_B: G tensors ``(e, r, O_g)``.
+        scaling: ``lora_alpha / r``.
+
+    Returns:
+        ``(N, O)``: the projections' results side by side.
+    """
+    return _LoRAExperts.apply(x_ND, w_NGe, lora_A, scaling, *lora_B)
+
+
+def lora_experts_reference(x_ND: Tensor, w_NGe: Tensor, lora_A: Tensor, lora_B: list[Tensor], scaling: float) -> Tensor:
+    """The same sum with every expert's output written out as ``(N, e, O_g)``: slow, obvious, the tests' oracle."""
+    outputs = []
+    for g, b in enumerate(lora_B):
+        h = torch.einsum("nd,erd->ner", x_ND, lora_A[g])
+        per_expert = torch.einsum("ner,ero->neo", h, b)
+        outputs.append(scaling * (w_NGe[:, g].unsqueeze(-1) * per_expert).sum(1))
+    return torch.cat(outputs, dim=1)

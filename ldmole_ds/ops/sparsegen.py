@@ -1,0 +1,104 @@
+"""Sparsegen: routing weights with a learned number of active experts.
+
+For router logits ``u`` in R^E and a scalar ``lambda < 1`` Sparsegen (Laha et al. 2018, arXiv 1810.11975; used with a
+learned lambda per token by LD-MoLE, arXiv 2509.25684, section 3) solves
+
+    p = argmin over the simplex of  |p - u|^2 - lambda |p|^2
+
+In closed form, with ``u`` sorted descending and ``U_k`` the sum of its k largest entries, the support S holds the k
+largest entries, where k is the largest number with ``1 - lambda + k u_(k) > U_k``, and
+
+    tau = (U_k - 1 + lambda) / k        p_i = max(u_i - tau, 0) / (1 - lambda)
+
+lambda = 0 is sparsemax, lambda -> 1 leaves one expert, lambda -> -infinity gives every expert 1/E. On the support the
+Jacobian is
+
+    dp_i / du_j = (delta_ij - 1/k) / (1 - lambda)        dp_i / dlambda = (p_i - 1/k) / (1 - lambda)
+
+and zero elsewhere, so the backward needs the support, ``p - 1/k`` and ``lambda``, and nothing that was sorted.
+
+Numerics. The projection does not change when a constant is added to ``u``: the row's maximum is subtracted first, or
+a common offset of 1e4 would cost all precision. Everything is float32 inside (float64 for float64 input).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Up to this many experts the support is found by comparing all pairs, which beats a sort on every device we measured.
+PAIRWISE_MAX_EXPERTS = 16
+
+
+def _support_pairwise(z: Tensor, slack: Tensor) -> Tensor:
+    """Support by pairwise comparison: i is in it iff ``slack > sum_j max(z_j - z_i, 0)``. Shapes: sparsegen."""
+    excess = (z.unsqueeze(-2) - z.unsqueeze(-1)).clamp_(min=0).sum(-1)
+    return excess < slack
+
+
+def _support_sorted(z: Tensor, slack: Tensor) -> Tensor:
+    """Support by one sort: the condition ``slack + k z_(k) > U_k`` holds for the k largest entries."""
+    z_desc = z.sort(dim=-1, descending=True).values
+    ranks = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
+    k = (slack + ranks * z_desc > z_desc.cumsum(-1)).sum(-1, keepdim=True).clamp_(min=1)
+    return z >= z_desc.gather(-1, k - 1)
+
+
+class _Sparsegen(torch.autograd.Function):
+    """``(logits (..., E), lam (...)) -> probs (..., E)`` with the analytic backward of the module docstring."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, lam: Tensor) -> Tensor:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        u = logits.to(dtype)
+        slack = (1 - lam.to(dtype)).unsqueeze(-1)
+        z = u - u.amax(-1, keepdim=True)
+        find_support = _support_pairwise if z.shape[-1] <= PAIRWISE_MAX_EXPERTS else _support_sorted
+        support = find_support(z, slack)
+        k = support.sum(-1, keepdim=True)
+        # p_i - 1/k is formed before 1/k is added: the backward for lambda needs it without cancellation.
+        centred = (z - (z * support).sum(-1, keepdim=True) / k) / slack
+        probs = (centred + 1 / k).clamp_(min=0).mul_(support)
+        ctx.save_for_backward(support, centred, slack)
+        ctx.logits_dtype, ctx.lam_dtype = logits.dtype, lam.dtype
+        return probs.to(logits.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_probs: Tensor) -> tuple[Tensor, Tensor]:
+        support, centred, slack = ctx.saved_tensors
+        grad = grad_probs.to(slack.dtype) * support
+        mean = grad.sum(-1, keepdim=True) / support.sum(-1, keepdim=True)
+        grad_logits = (grad - mean) * support / slack
+        grad_lam = (grad_logits * centred).sum(-1)
+        return grad_logits.to(ctx.logits_dtype), grad_lam.to(ctx.lam_dtype)
+
+
+def sparsegen(logits: Tensor, lam: Tensor) -> Tensor:
+    """Sparsegen routing weights.
+
+    Args:
+        logits: Router logits ``u``, ``(..., E)``, any float dtype.
+        lam: lambda, ``(...)`` or broadcastable to it, below 1.
+
+    Returns:
+        Weights on the simplex, ``(..., E)`` in the dtype of ``logits``; many are exactly 0, never all of them.
+        A non-finite input gives a non-finite (or all-zero) row; the layers check for that where they synchronise.
+    """
+    lam = torch.as_tensor(lam, device=logits.device)
+    if not lam.is_floating_point():
+        lam = lam.to(torch.float32)
+    return _Sparsegen.apply(logits, lam.expand(logits.shape[:-1]))
+
+
+def sparsegen_reference(logits: Tensor, lam: Tensor) -> Tensor:
+    """The closed form of the module docstring, line by line, differentiated by autograd. Same arguments and result."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    u = logits.to(dtype)
+    u = u - u.detach().amax(-1, keepdim=True)
+    lam = lam.to(dtype).unsqueeze(-1)
+    u_desc = u.sort(dim=-1, descending=True).values
+    ranks = torch.arange(1, u.shape[-1] + 1, device=u.device, dtype=dtype)
+    sums = u_desc.cumsum(-1)
+    k = (1 - lam + ranks * u_desc > sums).sum(-1, keepdim=True).clamp(min=1)
+    tau = (sums.gather(-1, k - 1) - 1 + lam) / k
+    return (torch.clamp(u - tau, min=0) / (1 - lam)).to(logits.dtype)

@@ -1,0 +1,244 @@
+"""The command line: five groups of settings, from flags, from a YAML or JSON file, or both.
+
+Adapter settings are generated from `LDMoLEConfig`, so that no key is written down twice; training settings are
+Hugging Face's own `TrainingArguments`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import typing
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, Namespace
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from ldmole_ds.config import EXPERT_DISPATCH, LDMoLEConfig
+from ldmole_ds.training.runtime import UserError
+
+_NOT_FLAGS = {"base_model_name_or_path", "base_model_revision", "projection_groups"}
+# Shown by --help; every other TrainingArguments flag works too and is shown by --help_all.
+_COMMON_TRAINING_FLAGS = {
+    "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+    "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
+    "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "gradient_checkpointing", "eval_strategy", "eval_steps",
+    "eval_on_start", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint",
+    "report_to", "seed", "data_seed", "deepspeed", "ddp_timeout", "disable_tqdm", "push_to_hub",
+}  # fmt: skip
+
+
+def _field(default, text, **kwargs):
+    return field(default=default, metadata={"help": text, **kwargs})
+
+
+@dataclass
+class ModelArguments:
+    """Which base model, and how it is loaded."""
+
+    _argument_group_name: typing.ClassVar[str] = "base model"
+
+    model_name_or_path: str | None = _field(
+        None, "Hub id, folder, or GGUF file of a causal language model. Default: the embedded SmolLM2-135M-Instruct."
+    )
+    dtype: str = _field(
+        "auto",
+        "Dtype in which the base model is loaded; auto takes the checkpoint's.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    attn_implementation: str | None = _field(None, "eager, sdpa, flash_attention_2, ...; default: the model's own.")
+    revision: str = _field("main", "Branch, tag or commit of a hub model.")
+    trust_remote_code: bool = _field(False, "Run model code from the hub. Only for code you have read.")
+    token: str | None = _field(None, "Access token for gated hub models (default: the one stored by `hf auth login`).")
+
+
+@dataclass
+class DataArguments:
+    """What is trained on."""
+
+    _argument_group_name: typing.ClassVar[str] = "data"
+
+    train_file: str | None = _field(
+        None,
+        "JSON Lines file: multiple choice in ARC's schema (question, choices, answerKey) or text and label. "
+        "Default: the embedded customer messages of ten domains.",
+    )
+    validation_file: str | None = _field(None, "Held-out file in the same schema.")
+    dataset_name: str | None = _field(None, "Hub dataset in one of these schemas, instead of files.")
+    dataset_config_name: str | None = _field(None, "Configuration of the hub dataset.")
+    train_split: str = _field("train", "Split of the hub dataset to train on.")
+    validation_split: str = _field("validation", "Split of the hub dataset to evaluate on, if it has one.")
+    text_column: str | None = _field(None, "Column with the text (default: text).")
+    label_column: str | None = _field(None, "Column with the label (default: label).")
+    label_words: str | None = _field(None, "JSON file {label: word to answer with}; default: the label itself.")
+    max_length: int = _field(512, "Longest sequence in tokens; longer prompts lose their beginning, never the answer.")
+    max_train_samples: int | None = _field(None, "Use only the first N training rows.")
+    max_eval_samples: int | None = _field(None, "Use only the first N held-out rows.")
+
+
+@dataclass
+class LayoutArguments:
+    """How experts are laid out over ranks, and what happens to the output folder."""
+
+    _argument_group_name: typing.ClassVar[str] = "expert parallelism and output"
+
+    ep_size: str = _field(
+        "auto",
+        "Ranks that share one copy of all experts: a number that divides ranks and num_experts, or auto (the largest "
+        "such number inside one node).",
+    )
+    expert_dispatch: str = _field(
+        "tokens",
+        "tokens: tokens travel to the experts (all-to-all). weights: experts are gathered to the tokens. Equal results.",
+        choices=EXPERT_DISPATCH,
+    )
+    overwrite_output_dir: bool = _field(False, "Write into an output folder that already holds a run.")
+
+
+def _adapter_arguments() -> type:
+    hints = typing.get_type_hints(LDMoLEConfig)
+    fields = []
+    for f in dataclasses.fields(LDMoLEConfig):
+        if f.name in _NOT_FLAGS:
+            continue
+        if f.name == "target_modules":
+            default = field(default_factory=lambda: ["all-linear"], metadata=dict(f.metadata))
+            fields.append((f.name, list[str], default))
+        else:
+            fields.append((f.name, hints[f.name], field(default=f.default, metadata=dict(f.metadata))))
+    namespace = {"_argument_group_name": "adapter", "__doc__": "The adapter: fields of `LDMoLEConfig`."}
+    return make_dataclass("AdapterArguments", fields, namespace=namespace)
+
+
+AdapterArguments = _adapter_arguments()
+
+
+@dataclass
+class LDMoLETrainingArguments(TrainingArguments):
+    """Hugging Face's `TrainingArguments`, unchanged but for the defaults that make a run easy to read."""
+
+    _argument_group_name: typing.ClassVar[str] = "training (Hugging Face TrainingArguments)"
+
+    logging_steps: float = field(default=10, metadata={"help": "Log every N optimizer steps."})
+    eval_on_start: bool = field(
+        default=True, metadata={"help": "Measure held-out accuracy before training too (if there is held-out data)."}
+    )
+
+
+class _Formatter(ArgumentDefaultsHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=38, width=120)
+
+
+USAGE = """%(prog)s [run.yaml] [--flag value ...]
+
+  deepspeed --num_gpus 2 launch/train.py --deepspeed ds_configs/zero2.json
+      trains on the embedded model and data: nothing else is needed
+  deepspeed launch/train.py --deepspeed ds_configs/zero2_bf16.json --bf16 \\
+      --model_name_or_path Qwen/Qwen3-1.7B --train_file train.jsonl --validation_file test.jsonl --output_dir runs/one
+      trains any causal language model on your own rows
+"""
+
+
+def build_parser(*, all_flags: bool = False) -> HfArgumentParser:
+    """The parser; with ``all_flags`` its help lists every TrainingArguments flag."""
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, AdapterArguments, LayoutArguments, LDMoLETrainingArguments),
+        prog="launch/train.py",
+        usage=USAGE,
+        formatter_class=_Formatter,
+        description="Fine-tune a language model with LD-MoLE: LoRA experts over ranks, chosen per token.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--help_all", action="help", help="show every training flag of Hugging Face too")
+    if not all_flags:
+        training = {f.name for f in dataclasses.fields(TrainingArguments)}
+        for action in parser._actions:
+            if action.dest in training and action.dest not in _COMMON_TRAINING_FLAGS or action.dest.startswith("no_"):
+                action.help = SUPPRESS
+    return parser
+
+
+def read_settings_file(path: Path) -> dict:
+    """A flat YAML or JSON mapping of flags without their dashes."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give a YAML or JSON file of settings, or flags only")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML or JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a mapping of settings, such as `r: 16`")
+    return values
+
+
+def _as_argv(values: dict, known: set[str], path: Path) -> list[str]:
+    argv: list[str] = []
+    for key, value in values.items():
+        if key not in known:
+            import difflib
+
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f": did you mean {close[0]}?" if close else ": see --help_all"
+            raise UserError(f"{path}: unknown setting {key!r}{hint}")
+        if value is None:
+            continue
+        argv.append(f"--{key}")
+        if isinstance(value, list):
+            argv.extend(map(str, value))
+        else:
+            argv.append(json.dumps(value) if isinstance(value, dict) else str(value))
+    return argv
+
+
+def parse_flags(argv: list[str], demo_defaults: dict | None = None) -> tuple[Namespace, bool]:
+    """Parse flags, after those of a settings file if the first word names one. Touches no accelerator.
+
+    Args:
+        argv: Without the program's name.
+        demo_defaults: Defaults that hold when neither data nor model is given: those of the embedded run.
+
+    Returns:
+        The flags, and whether this is the embedded run.
+
+    Raises:
+        UserError: An unknown flag or setting, or a value of the wrong type.
+    """
+    parser = build_parser(all_flags="--help_all" in argv)
+    parser.error = _raise_user_error
+    known = {action.dest for action in parser._actions}
+    argv = [a for a in argv if not a.startswith("--local_rank")]
+    if argv and not argv[0].startswith("-"):
+        path = Path(argv[0])
+        argv = [*_as_argv(read_settings_file(path), known, path), *argv[1:]]
+    given = {a[2:].split("=")[0] for a in argv if a.startswith("--")}
+    embedded = not given & {"train_file", "dataset_name", "validation_file"}
+    if embedded and demo_defaults:
+        parser.set_defaults(**demo_defaults)
+    flags, rest = parser.parse_known_args(argv)
+    if rest:
+        raise UserError(f"unknown argument {' '.join(rest)}: see --help, or --help_all for Hugging Face's flags")
+    return flags, embedded
+
+
+def adapter_config(flags: Namespace) -> LDMoLEConfig:
+    """`LDMoLEConfig` from parsed flags."""
+    values = {f.name: getattr(flags, f.name) for f in dataclasses.fields(AdapterArguments)}
+    targets = values["target_modules"]
+    # One word is 'all-linear' or a regular expression if it looks like one, else a name.
+    if len(targets) == 1 and (targets[0] == "all-linear" or any(c in targets[0] for c in ".*[](|)\\^$")):
+        values["target_modules"] = targets[0]
+    return LDMoLEConfig(**values)
+
+
+def build(flags: Namespace, group: type, **overrides: object):
+    """One group's dataclass from parsed flags."""
+    names = {f.name for f in dataclasses.fields(group) if f.init}
+    return group(**{**{k: v for k, v in vars(flags).items() if k in names}, **overrides})
+
+
+def _raise_user_error(message: str) -> None:
+    raise UserError(f"{message}; see {Path(sys.argv[0]).name} --help")

@@ -1,0 +1,125 @@
+"""From data arguments to encoded questions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ldmole_ds.tasks import (
+    ChoiceCollator,
+    ChoiceDataset,
+    DataError,
+    demo_files,
+    labels_from_rows,
+    padding_id,
+    questions_from_rows,
+    read_labels,
+    read_questions,
+)
+from ldmole_ds.training.arguments import DataArguments
+
+
+@dataclass
+class ChoiceData:
+    """Datasets and collator of a multiple-choice or classification run."""
+
+    train: ChoiceDataset
+    validation: ChoiceDataset | None
+    collator: ChoiceCollator
+    single_token: bool
+    description: str
+
+
+def demo_data_defaults() -> dict[str, str]:
+    """The embedded run's data as argument defaults."""
+    files = demo_files()
+    return {
+        "train_file": str(files["train"]),
+        "validation_file": str(files["test"]),
+        "label_words": str(files["labels"]),
+    }
+
+
+def load_choice_data(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> ChoiceData:
+    """Read, check and tokenise.
+
+    Raises:
+        DataError: A row breaks the schema (file and line), a file is missing or empty.
+    """
+    label_words = _label_words(arguments.label_words)
+    columns = {"text_column": arguments.text_column, "label_column": arguments.label_column}
+    if arguments.dataset_name:
+        train, validation, source = _hub_questions(arguments, label_words, columns)
+    elif arguments.train_file:
+        labels = read_labels(arguments.train_file, **columns)
+        train = read_questions(arguments.train_file, label_words=label_words, labels=labels, **columns)
+        validation = None
+        if arguments.validation_file:
+            validation = read_questions(arguments.validation_file, label_words=label_words, labels=labels, **columns)
+        source = Path(arguments.train_file).name
+    else:
+        raise DataError("no training data: give --train_file FILE.jsonl or --dataset_name NAME")
+    sets = []
+    for name, limit in (("train", arguments.max_train_samples), ("eval", arguments.max_eval_samples)):
+        if limit is not None and limit < 1:
+            raise DataError(f"--max_{name}_samples must be at least 1, got {limit}")
+        questions = (train if name == "train" else validation) or None
+        sets.append(
+            ChoiceDataset.from_questions(questions[:limit], tokenizer, arguments.max_length) if questions else None
+        )
+    train_set, validation_set = sets
+    present = [s for s in (train_set, validation_set) if s is not None]
+    return ChoiceData(
+        train=train_set,
+        validation=validation_set,
+        collator=ChoiceCollator.for_datasets(padding_id(tokenizer), *present),
+        single_token=all(s.single_token for s in present),
+        description=source,
+    )
+
+
+def _label_words(path: str | None) -> dict[str, str] | None:
+    if path is None:
+        return None
+    try:
+        words = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise DataError(f"--label_words {path}: {error}; expected a JSON file of label to word") from error
+    if not isinstance(words, dict):
+        raise DataError(f"--label_words {path}: expected a JSON object of label to word")
+    return words
+
+
+def _hub_questions(arguments: DataArguments, label_words: dict | None, columns: dict[str, Any]):
+    """Questions of a hub dataset's splits."""
+    from datasets import ClassLabel, get_dataset_split_names, load_dataset
+
+    name = arguments.dataset_name
+    try:
+        train_rows = load_dataset(name, arguments.dataset_config_name, split=arguments.train_split)
+        splits = get_dataset_split_names(name, arguments.dataset_config_name)
+        has_validation = arguments.validation_split in splits
+        validation_rows = (
+            load_dataset(name, arguments.dataset_config_name, split=arguments.validation_split)
+            if has_validation
+            else None
+        )
+    except Exception as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise DataError(
+            f"--dataset_name {name!r} could not be loaded: {first} -- check the name, --dataset_config_name and "
+            "--train_split, or give --train_file"
+        ) from error
+    feature = train_rows.features.get(columns["label_column"] or "label")
+    names = feature.names if isinstance(feature, ClassLabel) else None
+    labels = labels_from_rows(train_rows, name, label_names=names, **columns)
+    common = {"label_words": label_words, "labels": labels, "label_names": names, **columns}
+    train = questions_from_rows(train_rows, f"{name}[{arguments.train_split}]", **common)
+    validation = None
+    if validation_rows is not None:
+        validation = questions_from_rows(validation_rows, f"{name}[{arguments.validation_split}]", **common)
+    return train, validation, name

@@ -1,0 +1,59 @@
+"""Checks a DeepSpeed config before anything is started: what cannot work with partitioned experts is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ldmole_ds.training.runtime import UserError
+
+
+def read_ds_config(path: str) -> dict[str, Any]:
+    """The JSON of ``--deepspeed``.
+
+    Raises:
+        UserError: Missing, or not a JSON object.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"--deepspeed {path} does not exist: give a DeepSpeed config, such as ds_configs/zero2.json")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"--deepspeed {path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"--deepspeed {path} must hold a JSON object")
+    return config
+
+
+def _size(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def check_ds_config(config: dict[str, Any], path: str) -> None:
+    """Refuse settings that are not supported, by name.
+
+    Raises:
+        UserError: Names the key and the remedy.
+    """
+    zero = config.get("zero_optimization") or {}
+    tensor_parallel = config.get("tensor_parallel") or {}
+    pipeline = config.get("pipeline") or {}
+    unsupported = {
+        "tensor_parallel": _size(tensor_parallel.get("autotp_size")) > 1
+        or _size((tensor_parallel.get("tp") or {}).get("tp_size")) > 1,
+        "pipeline": _size(pipeline.get("stages")) > 1 or pipeline.get("stages") == "auto",
+        "sequence_parallel_size": _size(config.get("sequence_parallel_size")) > 1,
+        "expert_parallel": bool(config.get("expert_parallel")),
+        "use_data_before_expert_parallelism": bool(config.get("use_data_before_expert_parallelism")),
+        "zero_optimization.zero_hpz_partition_size": _size(zero.get("zero_hpz_partition_size")) > 1,
+        "zero_optimization.mics_shard_size": _size(zero.get("mics_shard_size")) > 1,
+        "zero_optimization.offload_param": (zero.get("offload_param") or {}).get("device", "none") != "none",
+    }
+    for key, present in unsupported.items():
+        if present:
+            raise UserError(f"--deepspeed {path}: {key} is not supported yet: remove it from the config")
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"--deepspeed {path}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")

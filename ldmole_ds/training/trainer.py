@@ -1,0 +1,240 @@
+"""`LDMoLETrainer`: the Hugging Face Trainer, with expert-parallel gradients, losses and saves."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Trainer
+from transformers.trainer_pt_utils import get_parameter_names
+
+from ldmole_ds.distributed import deepspeed_groups
+from ldmole_ds.model import LDMoLEModel
+from ldmole_ds.model.adapter_io import write_atomically
+from ldmole_ds.tasks.scoring import score_candidates
+from ldmole_ds.training.checkpointing import adapt_engine
+
+_CHOICE_FIELDS = ("candidate_ids", "gold", "prompt_length")
+
+
+class LDMoLETrainer(Trainer):
+    """Trains an `LDMoLEModel`; everything else is the Trainer's.
+
+    What differs: the optimizer's groups tell DeepSpeed which parameters are experts; the loss holds the auxiliary
+    losses, normalised over the whole optimizer step; logs hold the routing; saving writes the whole adapter. Batches
+    with ``candidate_ids`` and ``gold`` (multiple choice) are evaluated by the candidates' log-probabilities.
+
+    Raises:
+        ValueError: A combination that would train wrongly; the message names the setting and the remedy.
+    """
+
+    def __init__(self, model: LDMoLEModel, *args: Any, single_token_choices: bool = False, **kwargs: Any) -> None:
+        self._engine = None
+        super().__init__(model, *args, **kwargs)
+        self.single_token_choices = single_token_choices
+        self._window = {"tokens": 0, "start": time.perf_counter(), "aux": {}, "micro_steps": 0}
+        self.tokens_timed, self.train_seconds = 0, 0.0
+        self._check_layout(model)
+        if self._zero_stage in (1, 2) and model.topology.ep_size > 1 and not hasattr(model, "expert_parallel_marker"):
+            marker = deepspeed_groups.moe_marker(model.adapter_config.num_experts, model.topology.ep_size)
+            model.add_module("expert_parallel_marker", marker)
+
+    @property
+    def _zero_stage(self) -> int | None:
+        """ZeRO stage of the DeepSpeed config, None without DeepSpeed."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return plugin.zero_stage if self.is_deepspeed_enabled and plugin is not None else None
+
+    def _check_layout(self, model: LDMoLEModel) -> None:
+        partitioned = any(group.partitioned for group in model.input_groups)
+        if not self.args.average_tokens_across_devices:
+            raise ValueError("--average_tokens_across_devices False would weight ranks unequally: leave it on")
+        if partitioned and self._zero_stage is None:
+            raise ValueError(
+                f"ep_size={model.topology.ep_size} needs DeepSpeed, which knows which gradients not to average: add "
+                "--deepspeed ds_configs/zero2.json, or use --ep_size 1"
+            )
+        if partitioned and self._zero_stage == 0:
+            raise ValueError(
+                f"ep_size={model.topology.ep_size} with ZeRO stage 0 would clip gradients wrongly and lose experts on "
+                "save: use ds_configs/zero1.json or higher, or --ep_size 1"
+            )
+
+    @property
+    def deepspeed(self) -> Any:
+        """The DeepSpeed engine, once training has started."""
+        return self._engine
+
+    @deepspeed.setter
+    def deepspeed(self, engine: Any) -> None:
+        self._engine = engine
+        if engine is not None:
+            adapt_engine(engine)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with experts in groups of their own where DeepSpeed wants them so."""
+        split = self._zero_stage in (1, 2) and any(
+            deepspeed_groups.is_expert_parameter(p) for p in self.model.parameters()
+        )
+        if type(self.optimizer).__name__ == "DummyOptim":  # the optimizer comes from the DeepSpeed config
+            decay = set(self.get_decay_parameter_names(self.model))
+            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            groups = [
+                {"params": [p for n, p in named if n in decay], "weight_decay": self.args.weight_decay},
+                {"params": [p for n, p in named if n not in decay], "weight_decay": 0.0},
+            ]
+            groups = [group for group in groups if group["params"]]
+            self.optimizer.params = deepspeed_groups.split_expert_param_groups(groups) if split else groups
+            return self.optimizer
+        if self.optimizer is None:
+            optimizer = super().create_optimizer(model)
+            if split:
+                optimizer.param_groups[:] = deepspeed_groups.split_expert_param_groups(optimizer.param_groups)
+        return self.optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Every trainable parameter but biases and norms."""
+        forbidden = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+        return get_parameter_names(model, [nn.LayerNorm], forbidden)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step; counts the tokens that all ranks will route in it."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.zeros(2, dtype=torch.long)
+        for batch in batches:
+            mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+            real = mask.ne(0).sum() if isinstance(mask, Tensor) and mask.dim() == 2 else ids.numel()
+            counts += torch.stack([torch.as_tensor(real), torch.as_tensor(ids.numel())]).cpu()
+        if self.args.world_size > 1:
+            counts = counts.to(device)
+            dist.all_reduce(counts)
+        real, padded = counts.tolist()
+        self._num_routed_tokens = real if self.model.adapter_config.mask_padding else padded
+        self._window["tokens"] += real
+        return batches, num_items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross-entropy (smoothed if asked for) plus auxiliary losses, as this rank's share of the global mean."""
+        inputs = {k: v for k, v in inputs.items() if k not in _CHOICE_FIELDS}
+        inputs = self._accepted(_keep_answer_logits(inputs, self._forward_parameters))
+        if num_items_in_batch is not None and self.model_accepts_loss_kwargs:
+            inputs["num_items_in_batch"] = num_items_in_batch
+        if model.training:
+            inputs["num_routed_tokens"] = getattr(self, "_num_routed_tokens", None)
+            inputs["gradient_accumulation_steps"] = getattr(self, "current_gradient_accumulation_steps", 1)
+        outputs = model(**inputs)
+        loss = outputs["loss"]
+        if self.args.label_smoothing_factor and model.training:
+            loss = loss + self._smoothing(outputs["logits"], inputs["labels"], num_items_in_batch)
+        if num_items_in_batch is not None and self.model_accepts_loss_kwargs:
+            loss = loss * self.accelerator.num_processes
+        if model.training:
+            self._note_aux_losses(outputs, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _smoothing(self, logits: Tensor, labels: Tensor, num_items: Tensor | None) -> Tensor:
+        """What label smoothing adds to the cross-entropy: ``epsilon (mean_v -log p_v - (-log p_label))``, shifted."""
+        logits, labels = logits[:, :-1].float(), labels[:, 1:]
+        valid = labels.ne(-100)
+        log_probs = F.log_softmax(logits[valid], dim=-1)
+        nll = -log_probs.gather(-1, labels[valid].unsqueeze(-1)).sum()
+        uniform = -log_probs.mean(-1).sum()
+        count = valid.sum() if num_items is None else num_items
+        return self.args.label_smoothing_factor * (uniform - nll) / count
+
+    @property
+    def _forward_parameters(self) -> set[str]:
+        return set(inspect.signature(self.model.forward).parameters)
+
+    def _accepted(self, inputs: dict) -> dict:
+        if "position_ids" in inputs and "position_ids" not in self._forward_parameters:
+            inputs.pop("position_ids")
+        return inputs
+
+    def _note_aux_losses(self, outputs, num_items: Tensor | None) -> None:
+        scale = self.accelerator.num_processes if num_items is not None else 1
+        window = self._window
+        for name, value in outputs["aux_losses"].items():
+            window["aux"][name] = window["aux"].get(name, 0.0) + value.detach().double() * scale
+        window["micro_steps"] += 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds auxiliary losses, routing and speed to the training logs. Every rank logs, so it may reduce."""
+        if "loss" in logs:
+            logs.update(self._training_metrics())
+        super().log(logs, start_time)
+
+    def _training_metrics(self) -> dict[str, float]:
+        window, steps = self._window, self.state.global_step - self._window.get("step", 0)
+        metrics: dict[str, float] = {}
+        if window["aux"] and steps > 0:
+            # Each micro-step added its share of the step's loss: the sum over micro-steps is the step's.
+            values = torch.stack([window["aux"][n] for n in window["aux"]]) / steps
+            if self.args.world_size > 1:
+                dist.all_reduce(values)
+                values /= self.args.world_size
+            metrics.update({f"{n}_loss": round(v, 6) for n, v in zip(window["aux"], values.tolist(), strict=True)})
+        means = self.model.routing.means(reduce=self.args.world_size > 1)
+        metrics.update({name: round(value, 4) for name, value in means.items()})
+        seconds = time.perf_counter() - window["start"]
+        self.train_seconds += seconds
+        self.tokens_timed += window["tokens"]
+        metrics["tokens_per_second"] = round(window["tokens"] / max(seconds, 1e-9), 1)
+        self.restart_window()
+        return metrics
+
+    def restart_window(self) -> None:
+        """Start the next logging window: what happens in between (evaluation) is in neither."""
+        self.model.routing.reset()
+        self._window = {
+            "tokens": 0, "start": time.perf_counter(), "aux": {}, "micro_steps": 0, "step": self.state.global_step,
+        }  # fmt: skip
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The Trainer's evaluation; its routing and time do not count into the training logs."""
+        window, begin, routing = self._window, time.perf_counter(), self.model.routing.snapshot()
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            window["start"] += time.perf_counter() - begin
+            self.eval_routing = self.model.routing.swap(routing)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Multiple choice: scores of all candidates, with the negative log-probability of the right one as loss."""
+        if "candidate_ids" not in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            scores = score_candidates(model, inputs, single_token=self.single_token_choices)
+        gold = inputs["gold"]
+        loss = -scores.gather(1, gold.unsqueeze(1)).mean()
+        return (loss, None, None) if prediction_loss_only else (loss, scores, gold)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the whole adapter (all experts of all ranks) and the tokenizer. Collective."""
+        folder = output_dir or self.args.output_dir
+        self.model.save_pretrained(folder)
+        if self.args.should_save:
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            write_atomically(Path(folder) / "training_args.bin", lambda path: torch.save(self.args, path))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+
+def _keep_answer_logits(inputs: dict, parameters: set[str]) -> dict:
+    """Compute logits only from the first answer token on: exact, and most of the head's cost when prompts are long."""
+    labels = inputs.get("labels")
+    if labels is None or "logits_to_keep" not in parameters or labels.dim() != 2:
+        return inputs
+    columns = labels.ne(-100).any(0).nonzero()
+    if columns.numel() == 0 or labels.shape[1] < 2:
+        return inputs
+    keep = labels.shape[1] - max(int(columns[0]), 1) + 1
+    return {**inputs, "labels": labels[:, -keep:], "logits_to_keep": keep}
