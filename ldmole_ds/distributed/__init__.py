@@ -3,7 +3,9 @@
 from ldmole_ds.distributed.all_to_all import CommStats, all_to_all
 from ldmole_ds.distributed.dispatch import (
     AllToAllTokenDispatcher,
+    ExpertWeights,
     LocalTokenDispatcher,
+    ReferenceTokenDispatcher,
     WeightGatherDispatcher,
     build_dispatcher,
 )
@@ -13,7 +15,9 @@ __all__ = [
     "AllToAllTokenDispatcher",
     "CommStats",
     "ExpertParallel",
+    "ExpertWeights",
     "LocalTokenDispatcher",
+    "ReferenceTokenDispatcher",
     "WeightGatherDispatcher",
     "all_to_all",
     "build_dispatcher",

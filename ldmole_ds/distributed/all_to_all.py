@@ -6,7 +6,9 @@ b to a. Every rank enters forward and backward in the same order whatever its si
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -45,31 +47,64 @@ class CommStats:
         return sum(self.bytes.values())
 
 
-def _exchange(x: Tensor, output_splits: list[int], input_splits: list[int], group, stats: CommStats, phase: str):
-    own = dist.get_rank(group)
-    remote_rows = sum(input_splits) - input_splits[own]
-    row_bytes = x[:1].numel() * x.element_size() if x.shape[0] else 0
-    stats.add(phase, remote_rows, remote_rows * row_bytes)
-    out = x.new_empty((sum(output_splits), *x.shape[1:]))
-    try:
-        dist.all_to_all_single(out, x.contiguous(), output_splits, input_splits, group=group)
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"the expert-parallel exchange failed in phase '{phase}' on rank {dist.get_rank()}: a peer has died or "
-            f"hangs, look at the other ranks' logs for the first error ({error})"
-        ) from error
-    return out
+class Exchange:
+    """A variable-split all-to-all under way: rows leave at once, `wait` returns what arrived.
+
+    Args:
+        x: ``(sum(input_splits), ...)``: rows for rank 0 of the group, then for rank 1, ...
+        output_splits: Rows received from each rank of the group; may hold zeros.
+        input_splits: Rows sent to each rank of the group; may hold zeros.
+        group: The EP group.
+        stats: Counts calls, rows and bytes under ``phase``.
+        phase: Named in errors.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        output_splits: list[int],
+        input_splits: list[int],
+        group: dist.ProcessGroup,
+        stats: CommStats,
+        phase: str,
+    ) -> None:
+        own = dist.get_rank(group)
+        remote_rows = sum(input_splits) - input_splits[own]
+        stats.add(phase, remote_rows, remote_rows * math.prod(x.shape[1:]) * x.element_size())
+        self._phase = phase
+        self._rows = x.contiguous()  # kept alive until the exchange is over
+        self._out = x.new_empty((sum(output_splits), *x.shape[1:]))
+        try:
+            self._work = dist.all_to_all_single(
+                self._out, self._rows, output_splits, input_splits, group=group, async_op=True
+            )
+        except RuntimeError as error:
+            raise self._failed(error) from error
+
+    def wait(self) -> Tensor:
+        """The rows received, ordered by source rank."""
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            raise self._failed(error) from error
+        return self._out
+
+    def _failed(self, error: RuntimeError) -> RuntimeError:
+        return RuntimeError(
+            f"the expert-parallel exchange failed in phase '{self._phase}' on rank {dist.get_rank()}: a peer has died "
+            f"or hangs, look at the other ranks' logs for the first error ({error})"
+        )
 
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, output_splits, input_splits, group, stats, phase):
         ctx.args = (input_splits, output_splits, group, stats, f"{phase}_backward")
-        return _exchange(x, output_splits, input_splits, group, stats, phase)
+        return Exchange(x, output_splits, input_splits, group, stats, phase).wait()
 
     @staticmethod
     def backward(ctx, grad):
-        return _exchange(grad, *ctx.args), None, None, None, None, None
+        return Exchange(grad, *ctx.args).wait(), None, None, None, None, None
 
 
 def all_to_all(
@@ -107,24 +142,34 @@ def exchange_counts(counts: Tensor, group: dist.ProcessGroup, stats: CommStats) 
 
 class _GatherExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, dim, group, stats):
-        ctx.dim, ctx.group, ctx.stats = dim, group, stats
-        world_size = dist.get_world_size(group)
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size)]
-        stats.add("gather", world_size - 1, (world_size - 1) * x.numel() * x.element_size())
-        dist.all_gather(parts, x.contiguous(), group=group)
-        return torch.cat(parts, dim)
+    def forward(ctx, group, stats, *tensors):
+        num_ranks = dist.get_world_size(group)
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        gathered = flat.new_empty(num_ranks, flat.numel())
+        stats.add("gather", num_ranks - 1, (num_ranks - 1) * flat.numel() * flat.element_size())
+        dist.all_gather(list(gathered.unbind(0)), flat, group=group)
+        ctx.group, ctx.stats, ctx.shapes = group, stats, [t.shape for t in tensors]
+        parts = gathered.split([t.numel() for t in tensors], dim=1)
+        return tuple(part.reshape(num_ranks, *t.shape) for part, t in zip(parts, tensors, strict=True))
 
     @staticmethod
-    def backward(ctx, grad):
-        world_size = dist.get_world_size(ctx.group)
-        parts = [part.contiguous() for part in grad.chunk(world_size, ctx.dim)]
-        out = torch.empty_like(parts[0])
-        ctx.stats.add("reduce_scatter", world_size - 1, (world_size - 1) * out.numel() * out.element_size())
-        dist.reduce_scatter(out, parts, group=ctx.group)
-        return out, None, None, None
+    def backward(ctx, *grads):
+        num_ranks = dist.get_world_size(ctx.group)
+        flat = torch.cat([g.reshape(num_ranks, -1) for g in grads], dim=1)
+        out = flat.new_empty(flat.shape[1])
+        ctx.stats.add("reduce_scatter", num_ranks - 1, (num_ranks - 1) * out.numel() * out.element_size())
+        dist.reduce_scatter(out, list(flat.unbind(0)), group=ctx.group)
+        parts = out.split([shape.numel() for shape in ctx.shapes])
+        return None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
 
 
-def gather_experts(x: Tensor, dim: int, group: dist.ProcessGroup, stats: CommStats) -> Tensor:
-    """All-gather local experts along ``dim``; backward sums every rank's gradient at the expert's home."""
-    return _GatherExperts.apply(x, dim, group, stats)
+def gather_experts(
+    lora_A: Tensor, lora_B: Sequence[Tensor], group: dist.ProcessGroup, stats: CommStats
+) -> tuple[Tensor, list[Tensor]]:
+    """All experts of the group from the local ones: ``(G, e, r, D), G x (e, r, O_g) -> (G, E, r, D), G x (E, r, O_g)``.
+
+    One all-gather for the whole input group; backward is one reduce-scatter that sums every rank's gradient at the
+    expert's home.
+    """
+    all_A, *all_B = _GatherExperts.apply(group, stats, lora_A, *lora_B)
+    return all_A.transpose(0, 1).flatten(1, 2), [b.flatten(0, 1) for b in all_B]

@@ -2,46 +2,36 @@
 
     run(x_TD, probs_TGE, experts, layer) -> y_TO
 
-``experts(x_ND, w_NGe) -> (N, O)`` applies the local experts of all G projections of an input group and sums them
-(`ldmole_ds.layers.experts`). The result holds, for each token, the sum over *all* its experts, wherever they live.
+The result holds, for each token, the sum over *all* its experts of all G projections of an input group, wherever they
+live. The unit of dispatch is (token, destination rank), not (token, expert): a token travels once to each remote rank
+that holds at least one of its active experts in any projection of the group, with its D values and its G * E/P routing
+weights for that rank. The answer is already the sum over that rank's experts: one vector of O values returns.
 
-The unit of dispatch is (token, destination rank), not (token, expert): a token travels once to each rank that holds
-at least one of its active experts in any projection of the group, with its D values and its G * E/P routing weights
-for that rank. The answer is already the sum over that rank's experts: one vector of O values returns.
-
-Shape legend: T local tokens, D in_features, G projections, E experts, P = ep_size, e = E/P local experts, S rows sent,
-R rows received, O summed out_features.
+Dispatchers own no parameters. Shape legend: T local tokens, D in_features, G projections, E experts, P = ep_size,
+e = E/P local experts, S rows sent, R rows received, O summed out_features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ldmole_ds.distributed.all_to_all import CommStats, all_to_all, exchange_counts
+from ldmole_ds.distributed.all_to_all import CommStats, all_to_all, exchange_counts, gather_experts
+from ldmole_ds.distributed.expert_exchange import DispatchPlan, exchange_experts
 from ldmole_ds.distributed.topology import ExpertParallel
+from ldmole_ds.ops.lora_experts import lora_experts, lora_experts_reference
 
-Experts = Callable[..., Tensor]
 
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The local experts of an input group: ``lora_A (G, e, r, D)``, ``lora_B`` G times ``(e, r, O_g)``, scaling."""
 
-@dataclass(frozen=True, kw_only=True)
-class DispatchPlan:
-    """What combine must know of a dispatch.
-
-    Attributes:
-        token_index_S: ``(S,) int64`` home row of each row sent, ordered by destination rank.
-        destination_S: ``(S,) int64`` destination rank of each row sent.
-        input_splits: Rows sent to each rank, sum S.
-        output_splits: Rows received from each rank, sum R.
-    """
-
-    token_index_S: Tensor
-    destination_S: Tensor
-    input_splits: list[int]
-    output_splits: list[int]
+    lora_A: Tensor
+    lora_B: Sequence[Tensor]
+    scaling: float
 
 
 def raise_non_finite(layer: str, ranks: list[int] | None = None) -> None:
@@ -61,65 +51,82 @@ class LocalTokenDispatcher:
     def __init__(self, stats: CommStats | None = None) -> None:
         self.stats = stats or CommStats()
 
-    def run(self, x_TD: Tensor, probs_TGE: Tensor, experts: Experts, layer: str) -> Tensor:
+    def run(self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, layer: str) -> Tensor:
         """See the module docstring."""
-        return experts(x_TD, probs_TGE.to(x_TD.dtype))
+        return lora_experts(x_TD, probs_TGE.to(x_TD.dtype), experts.lora_A, experts.lora_B, experts.scaling)
 
 
 class AllToAllTokenDispatcher(LocalTokenDispatcher):
-    """``--expert_dispatch tokens``: tokens travel to the experts, results travel back."""
+    """``--expert_dispatch tokens``: tokens travel to the experts, results travel back.
+
+    Tokens of this rank meet this rank's experts while the others are on their way; they are not part of the exchange.
+    """
 
     def __init__(self, topology: ExpertParallel, stats: CommStats | None = None) -> None:
         super().__init__(stats)
         self.topology = topology
         self.ep_size = topology.ep_size
 
-    def run(self, x_TD: Tensor, probs_TGE: Tensor, experts: Experts, layer: str) -> Tensor:
-        """See the module docstring. Four collectives in forward and backward together, two of each, plus counts."""
+    def run(self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, layer: str) -> Tensor:
+        """See the module docstring. Counts, dispatch and combine forward; the twins of the last two backward."""
         plan = self.plan(probs_TGE, layer)
-        rows_RX = self.dispatch(x_TD, probs_TGE, plan)
-        d, (_, g, e) = x_TD.shape[1], probs_TGE.shape
-        x_RD, w_RGe = rows_RX.split([d, rows_RX.shape[1] - d], dim=1)
-        y_RO = experts(x_RD, w_RGe.view(-1, g, e // self.ep_size))
-        return self.combine(y_RO, plan, num_tokens=x_TD.shape[0])
+        return exchange_experts(
+            x_TD,
+            probs_TGE.to(x_TD.dtype),
+            plan,
+            self.topology.ep_group,
+            self.stats,
+            experts.lora_A,
+            experts.lora_B,
+            experts.scaling,
+        )
 
     def plan(self, probs_TGE: Tensor, layer: str) -> DispatchPlan:
-        """Who sends which token where, from the support of the routing weights. One count exchange, one host sync."""
+        """Who sends which token where, from the support of the routing weights. One count exchange, one host sync.
+
+        Raises:
+            FloatingPointError: Routing is not finite on some rank of the EP group; raised on all of them.
+        """
         t, g, e = probs_TGE.shape
-        group, p = self.topology.ep_group, self.ep_size
+        group, p, own = self.topology.ep_group, self.ep_size, self.topology.ep_rank
         with torch.no_grad():
             active_TP = (probs_TGE.view(t, g, p, e // p) != 0).any(-1).any(1)
+            active_TP[:, own] = False
             destination_S, token_index_S = active_TP.t().nonzero(as_tuple=True)
-            counts = active_TP.sum(0)
-            broken = (~torch.isfinite(probs_TGE).all()).to(counts.dtype).expand(p)
-            sent = torch.stack([counts, broken], dim=1)
+            broken = (~torch.isfinite(probs_TGE).all()).long().expand(p)
+            sent = torch.stack([active_TP.sum(0), broken], dim=1)
             received = exchange_counts(sent, group, self.stats)
             # NOTE: the one device-to-host synchronisation of a dispatch.
             (input_splits, _), (output_splits, flags) = torch.stack([sent, received]).transpose(1, 2).tolist()
         if any(flags):
-            first = self.topology.rank - self.topology.ep_rank
+            first = self.topology.rank - own
             raise_non_finite(layer, [first + i for i, flag in enumerate(flags) if flag])
         return DispatchPlan(
+            own_rank=own,
             token_index_S=token_index_S,
             destination_S=destination_S,
             input_splits=input_splits,
             output_splits=output_splits,
         )
 
-    def dispatch(self, x_TD: Tensor, probs_TGE: Tensor, plan: DispatchPlan) -> Tensor:
-        """Send tokens and their routing weights: ``(T, D), (T, G, E) -> (R, D + G*e)`` in the dtype of x."""
-        t, g, e = probs_TGE.shape
-        by_rank_TPW = probs_TGE.to(x_TD.dtype).view(t, g, self.ep_size, e // self.ep_size).transpose(1, 2).flatten(2)
-        weights_SW = by_rank_TPW[plan.token_index_S, plan.destination_S]
-        rows_SX = torch.cat([x_TD.index_select(0, plan.token_index_S), weights_SW], dim=1)
-        return all_to_all(
-            rows_SX, plan.output_splits, plan.input_splits, self.topology.ep_group, self.stats, "dispatch"
-        )
 
-    def combine(self, y_RO: Tensor, plan: DispatchPlan, num_tokens: int) -> Tensor:
-        """Send results home and add them up: ``(R, O) -> (T, O)``. The backward of dispatch, and the other way round."""
-        y_SO = all_to_all(y_RO, plan.input_splits, plan.output_splits, self.topology.ep_group, self.stats, "combine")
-        return y_SO.new_zeros(num_tokens, y_SO.shape[1]).index_add(0, plan.token_index_S, y_SO)
+class ReferenceTokenDispatcher(AllToAllTokenDispatcher):
+    """The same by the shortest way: autograd through two plain exchanges and the einsum experts. Tests compare."""
+
+    def run(self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, layer: str) -> Tensor:
+        """See the module docstring."""
+        plan, group, p = self.plan(probs_TGE, layer), self.topology.ep_group, self.ep_size
+        t, g, e = probs_TGE.shape
+        d, splits = x_TD.shape[1], (plan.output_splits, plan.input_splits)
+        w_TPGe = probs_TGE.to(x_TD.dtype).view(t, g, p, e // p).transpose(1, 2)
+        x_RD = all_to_all(x_TD[plan.token_index_S], *splits, group, self.stats, "dispatch")
+        w_RGe = all_to_all(w_TPGe[plan.token_index_S, plan.destination_S], *splits, group, self.stats, "dispatch")
+        x = torch.cat([x_TD, x_RD])
+        w = torch.cat([w_TPGe[:, plan.own_rank], w_RGe])
+        y = lora_experts_reference(x, w, experts.lora_A, experts.lora_B, experts.scaling)
+        assert x.shape[1] == d
+        y_SO = all_to_all(y[t:], *splits[::-1], group, self.stats, "combine")
+        return y[:t].index_add(0, plan.token_index_S, y_SO)
 
 
 class WeightGatherDispatcher(LocalTokenDispatcher):
@@ -133,19 +140,19 @@ class WeightGatherDispatcher(LocalTokenDispatcher):
         self.topology = topology
         self.ep_size = topology.ep_size
 
-    def run(self, x_TD: Tensor, probs_TGE: Tensor, experts: Experts, layer: str) -> Tensor:
-        """See the module docstring. One all-gather per expert tensor forward, one reduce-scatter backward."""
-        return experts(x_TD, probs_TGE.to(x_TD.dtype), gather_over=self.topology.ep_group, stats=self.stats)
+    def run(self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, layer: str) -> Tensor:
+        """See the module docstring. One all-gather forward, one reduce-scatter backward."""
+        lora_A, lora_B = gather_experts(experts.lora_A, experts.lora_B, self.topology.ep_group, self.stats)
+        return lora_experts(x_TD, probs_TGE.to(x_TD.dtype), lora_A, lora_B, experts.scaling)
 
 
 def build_dispatcher(
     topology: ExpertParallel, num_experts: int, expert_dispatch: str, stats: CommStats
 ) -> LocalTokenDispatcher:
     """The dispatcher of a layer with ``num_experts`` experts under this layout."""
+    dispatchers = {"tokens": AllToAllTokenDispatcher, "weights": WeightGatherDispatcher}
+    if expert_dispatch not in dispatchers:
+        raise ValueError(f"expert_dispatch={expert_dispatch!r} is not known: use one of {', '.join(dispatchers)}")
     if not topology.partitions(num_experts):
         return LocalTokenDispatcher(stats)
-    if expert_dispatch == "tokens":
-        return AllToAllTokenDispatcher(topology, stats)
-    if expert_dispatch == "weights":
-        return WeightGatherDispatcher(topology, stats)
-    raise ValueError(f"expert_dispatch={expert_dispatch!r} is not known: use tokens or weights")
+    return dispatchers[expert_dispatch](topology, stats)

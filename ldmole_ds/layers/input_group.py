@@ -23,13 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldmole_ds.distributed import ExpertParallel, LocalTokenDispatcher
-from ldmole_ds.distributed.all_to_all import gather_experts
+from ldmole_ds.distributed import ExpertParallel, ExpertWeights, LocalTokenDispatcher
 from ldmole_ds.distributed.deepspeed_groups import mark_expert_parameter
 from ldmole_ds.layers.context import ContextHolder, ForwardContext, RoutingRecord, in_backward
 from ldmole_ds.layers.lambda_mlp import LambdaMLP
 from ldmole_ds.layers.routers import Router
-from ldmole_ds.ops import lora_experts
 
 
 def seeded_generator(seed: int, *names: object) -> torch.Generator:
@@ -163,7 +161,8 @@ class InputGroup(nn.Module):
         if self.dropout and self.training:
             x_TD = F.dropout(x_TD, self.dropout)
         probs_TGE = self._route(x_TD, context.token_mask(x), context)
-        y_TO = self.dispatcher.run(x_TD, probs_TGE, self._experts, self.name)
+        experts = ExpertWeights(self.lora_A, list(self.lora_B), self.scaling)
+        y_TO = self.dispatcher.run(x_TD, probs_TGE, experts, self.name)
         y = y_TO.to(x.dtype).view(*x.shape[:-1], -1)
         return y.split(self.out_features, dim=-1)
 
@@ -196,14 +195,6 @@ class InputGroup(nn.Module):
         if context.recording and self.gate is not None:
             context.records.append(RoutingRecord(self.name, logits, probs, lam_T, mask_T, live_units_H))
         return probs
-
-    def _experts(self, x_ND: Tensor, w_NGe: Tensor, gather_over=None, stats=None) -> Tensor:
-        """Sum of experts for ``(N, D), (N, G, e)``; with ``gather_over``, of all experts of that EP group."""
-        lora_A, lora_B = self.lora_A, list(self.lora_B)
-        if gather_over is not None:
-            lora_A = gather_experts(lora_A, 1, gather_over, stats)
-            lora_B = [gather_experts(b, 0, gather_over, stats) for b in lora_B]
-        return lora_experts(x_ND, w_NGe, lora_A, lora_B, self.scaling)
 
     def extra_repr(self) -> str:
         held = self.topology.local_experts(self.num_experts)

@@ -12,23 +12,63 @@ carry weight 0 and contribute exact zeros.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
+def experts_forward(
+    x_ND: Tensor, w_NGe: Tensor, lora_A: Tensor, lora_B: Sequence[Tensor], scaling: float
+) -> tuple[Tensor, Tensor]:
+    """The module docstring's formula: ``(N, D), (N, G, e) -> y (N, O), h = x A^T (N, G, e, r)``. No graph."""
+    num_groups, e, r, d = lora_A.shape
+    n = x_ND.shape[0]
+    h = (x_ND @ lora_A.reshape(-1, d).t()).view(n, num_groups, e, r)
+    hw = (h * (w_NGe * scaling).unsqueeze(-1)).view(n, num_groups, e * r)
+    out_sizes = [b.shape[-1] for b in lora_B]
+    y = x_ND.new_empty(n, sum(out_sizes))
+    for g, (y_g, b) in enumerate(zip(y.split(out_sizes, dim=1), lora_B, strict=True)):
+        torch.mm(hw[:, g], b.reshape(e * r, -1), out=y_g)
+    return y, h
+
+
+def experts_backward(
+    grad_y: Tensor,
+    x_ND: Tensor,
+    w_NGe: Tensor,
+    h: Tensor,
+    lora_A: Tensor,
+    lora_B: Sequence[Tensor],
+    scaling: float,
+    *,
+    need_x: bool = True,
+    need_weights: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor | None]]:
+    """Gradients of `experts_forward`: ``(dx or None, dw, dA or None, [dB_g or None])``."""
+    num_groups, e, r, d = lora_A.shape
+    n = x_ND.shape[0]
+    w_scaled = (w_NGe * scaling).unsqueeze(-1)
+    hw = (h * w_scaled).view(n, num_groups, e * r) if need_weights else None
+    grad_hw = torch.empty_like(h)
+    grad_B: list[Tensor | None] = []
+    grads = grad_y.split([b.shape[-1] for b in lora_B], dim=1)
+    for g, (dy, b) in enumerate(zip(grads, lora_B, strict=True)):
+        torch.mm(dy, b.reshape(e * r, -1).t(), out=grad_hw.view(n, num_groups, e * r)[:, g])
+        grad_B.append((hw[:, g].t() @ dy).view_as(b) if need_weights else None)
+    grad_w = (grad_hw * h).sum(-1).mul_(scaling)
+    grad_h = grad_hw.mul_(w_scaled).view(n, -1)
+    grad_A = (grad_h.t() @ x_ND).view_as(lora_A) if need_weights else None
+    grad_x = grad_h @ lora_A.reshape(-1, d) if need_x else None
+    return grad_x, grad_w, grad_A, grad_B
+
+
 class _LoRAExperts(torch.autograd.Function):
-    """Forward and backward of the module docstring's formula; keeps x, h = x A^T and w, and nothing of size O."""
+    """Keeps x, h and w, and nothing of size O."""
 
     @staticmethod
-    def forward(ctx, x_ND: Tensor, w_NGe: Tensor, lora_A: Tensor, scaling: float, *lora_B: Tensor) -> Tensor:
-        num_groups, e, r, d = lora_A.shape
-        n = x_ND.shape[0]
-        h = (x_ND @ lora_A.reshape(-1, d).t()).view(n, num_groups, e, r)
-        hw = (h * (w_NGe * scaling).unsqueeze(-1)).view(n, num_groups, e * r)
-        out_sizes = [b.shape[-1] for b in lora_B]
-        y = x_ND.new_empty(n, sum(out_sizes))
-        for g, (y_g, b) in enumerate(zip(y.split(out_sizes, dim=1), lora_B, strict=True)):
-            torch.mm(hw[:, g], b.reshape(e * r, -1), out=y_g)
+    def forward(ctx, x_ND: Tensor, w_NGe: Tensor, scaling: float, lora_A: Tensor, *lora_B: Tensor) -> Tensor:
+        y, h = experts_forward(x_ND, w_NGe, lora_A, lora_B, scaling)
         ctx.save_for_backward(x_ND, w_NGe, h, lora_A, *lora_B)
         ctx.scaling = scaling
         return y
@@ -36,27 +76,14 @@ class _LoRAExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y: Tensor):
         x, w, h, lora_A, *lora_B = ctx.saved_tensors
-        num_groups, e, r, d = lora_A.shape
-        n = x.shape[0]
-        need_x, need_w, need_A, _, *need_B = ctx.needs_input_grad
-        w_scaled = (w * ctx.scaling).unsqueeze(-1)
-        hw = (h * w_scaled).view(n, num_groups, e * r) if any(need_B) else None
-        grad_hw = torch.empty_like(h)
-        grad_B: list[Tensor | None] = []
-        grads = grad_y.split([b.shape[-1] for b in lora_B], dim=1)
-        for g, (dy, b) in enumerate(zip(grads, lora_B, strict=True)):
-            torch.mm(dy, b.reshape(e * r, -1).t(), out=grad_hw.view(n, num_groups, e * r)[:, g])
-            grad_B.append((hw[:, g].t() @ dy).view_as(b) if need_B[g] else None)
-        grad_w = (grad_hw * h).sum(-1).mul_(ctx.scaling) if need_w else None
-        grad_x = grad_A = None
-        if need_x or need_A:
-            grad_h = grad_hw.mul_(w_scaled).view(n, -1)
-            grad_A = (grad_h.t() @ x).view_as(lora_A) if need_A else None
-            grad_x = grad_h @ lora_A.reshape(-1, d) if need_x else None
-        return grad_x, grad_w, grad_A, None, *grad_B
+        need_x, _, _, *need_weights = ctx.needs_input_grad
+        grad_x, grad_w, grad_A, grad_B = experts_backward(
+            grad_y, x, w, h, lora_A, lora_B, ctx.scaling, need_x=need_x, need_weights=any(need_weights)
+        )
+        return grad_x, grad_w, None, grad_A, *grad_B
 
 
-def lora_experts(x_ND: Tensor, w_NGe: Tensor, lora_A: Tensor, lora_B: list[Tensor], scaling: float) -> Tensor:
+def lora_experts(x_ND: Tensor, w_NGe: Tensor, lora_A: Tensor, lora_B: Sequence[Tensor], scaling: float) -> Tensor:
     """Sum of the local experts of every projection of an input group.
 
     Args:
@@ -69,10 +96,12 @@ def lora_experts(x_ND: Tensor, w_NGe: Tensor, lora_A: Tensor, lora_B: list[Tenso
     Returns:
         ``(N, O)``: the projections' results side by side.
     """
-    return _LoRAExperts.apply(x_ND, w_NGe, lora_A, scaling, *lora_B)
+    return _LoRAExperts.apply(x_ND, w_NGe, scaling, lora_A, *lora_B)
 
 
-def lora_experts_reference(x_ND: Tensor, w_NGe: Tensor, lora_A: Tensor, lora_B: list[Tensor], scaling: float) -> Tensor:
+def lora_experts_reference(
+    x_ND: Tensor, w_NGe: Tensor, lora_A: Tensor, lora_B: Sequence[Tensor], scaling: float
+) -> Tensor:
     """The same sum with every expert's output written out as ``(N, e, O_g)``: slow, obvious, the tests' oracle."""
     outputs = []
     for g, b in enumerate(lora_B):

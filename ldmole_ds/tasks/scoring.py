@@ -131,6 +131,7 @@ def _accepts(model: nn.Module, name: str) -> bool:
     # A Transformers model is the end of the search: its own `model` is the part without the LM head.
     if not passes_on or isinstance(model, PreTrainedModel):
         return False
-    wrapped = (getattr(model, attribute, None) for attribute in _WRAPPED_AT)
-    inner = next((module for module in wrapped if isinstance(module, nn.Module) and module is not model), None)
+    # Not getattr: wrappers answer for attributes of what they wrap, and would lead past it.
+    own = {**vars(model), **dict(model.named_children())}
+    inner = next((own[place] for place in _WRAPPED_AT if isinstance(own.get(place), nn.Module)), None)
     return inner is not None and _accepts(inner, name)

@@ -138,6 +138,29 @@ def test_wrappers_are_looked_through():
     assert bare.calls[0].keys() == {"input_ids"}
 
 
+def test_wrappers_that_answer_for_what_they_wrap():
+    """As PEFT's: `base_model` of its inner wrapper is that of the Transformers model, the part without the LM head."""
+
+    class Answers(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self._modules["model"], name)
+
+        def forward(self, *args, **kwargs):
+            return self.model(*args, **kwargs)
+
+    model = tiny_llama()
+    engine = PassesOn(Answers(model))
+    check_against_reference(engine, model, SINGLE, collate(SINGLE), True)
+    assert engine.calls[0]["logits_to_keep"] == 1
+
+
 @pytest.mark.parametrize("questions", [slice(0, 1), slice(1, 2), slice(0, 3)])
 def test_the_number_of_forwards_does_not_depend_on_the_batch(questions):
     engine = PassesOn(tiny_llama())
