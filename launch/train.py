@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldmole_ds.training.runtime import run_main  # noqa: E402
+from ldmole_ds.training.runtime import run_main
 
 # The embedded run: a few minutes on two CPU cores. Any flag overrides any of these.
 DEMO_DEFAULTS = {
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     from ldmole_ds.training.data import demo_data_defaults
     from ldmole_ds.training.run import train
 
-    train(*parse_flags(argv, {**DEMO_DEFAULTS, **demo_data_defaults()}))
+    train(parse_flags(argv, {**DEMO_DEFAULTS, **demo_data_defaults()}))
 
 
 if __name__ == "__main__":

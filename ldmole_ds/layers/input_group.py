@@ -198,4 +198,5 @@ class InputGroup(nn.Module):
 
     def extra_repr(self) -> str:
         held = self.topology.local_experts(self.num_experts)
-        return f"members={[m.rsplit('.', 1)[-1] for m in self.members]}, experts {held.start}..{held.stop - 1} of {self.num_experts}, r={self.r}"
+        leaves = [m.rsplit(".", 1)[-1] for m in self.members]
+        return f"members={leaves}, experts {held.start}..{held.stop - 1} of {self.num_experts}, r={self.r}"

@@ -124,7 +124,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path} does not exist: give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:
         raise ValueError(
             f"{path} is damaged or not a safetensors file ({error}): restore it from a good copy"

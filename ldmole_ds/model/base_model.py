@@ -40,7 +40,7 @@ def load_tokenizer(
     name: str, *, revision: str = "main", token: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The model's tokenizer."""
-    folder, gguf = _location(name)
+    folder, gguf = (name, {}) if (Path(name) / "tokenizer_config.json").is_file() else _location(name)
     with _clear_errors(name):
         return AutoTokenizer.from_pretrained(
             folder, revision=revision, token=token, trust_remote_code=trust_remote_code, **gguf

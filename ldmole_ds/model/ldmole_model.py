@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
 import types
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from ldmole_ds.config import LDMoLEConfig
 from ldmole_ds.distributed import CommStats, ExpertParallel
@@ -119,18 +122,18 @@ class LDMoLEModel(nn.Module):
         return self._add_losses(outputs, losses)
 
     def _bind(self, args: tuple, kwargs: dict) -> dict[str, Any]:
-        names = [n for n in inspect.signature(self.base_model.forward).parameters]
+        names = inspect.signature(self.base_model.forward).parameters
         return {**dict(zip(names, args, strict=False)), **kwargs}
 
     def _loss_device(self) -> torch.device:
         return next(self.input_groups[0].parameters()).device
 
     def _add_losses(self, outputs: Any, losses: dict[str, Tensor]) -> Any:
-        if not isinstance(outputs, dict):
+        if not isinstance(outputs, ModelOutput):
             return self._add_to_first(outputs, losses) if self.training else outputs
-        if self.training and outputs.get("loss") is not None:
-            outputs["loss"] = outputs["loss"] + self.weighted(losses)
-        outputs["aux_losses"] = losses
+        outputs = with_aux_losses(type(outputs))(**outputs, aux_losses=losses)
+        if self.training and outputs.loss is not None:
+            outputs.loss = outputs.loss + self.weighted(losses)
         return outputs
 
     def _add_to_first(self, outputs: tuple, losses: dict[str, Tensor]) -> tuple:
@@ -233,6 +236,13 @@ class LDMoLEModel(nn.Module):
     def load_reference_adapter(self, state_dict_or_path: dict[str, Tensor] | str | Path) -> None:
         """Load weights written by the authors' code; see `reference_adapter`."""
         reference_adapter.load_reference_adapter(self, state_dict_or_path)
+
+
+@functools.cache
+def with_aux_losses(output_type: type[ModelOutput]) -> type[ModelOutput]:
+    """The model's output class with one more item, ``aux_losses``: a registered pytree, as DDP and others need."""
+    item = ("aux_losses", dict | None, dataclasses.field(default=None))
+    return dataclasses.make_dataclass(f"{output_type.__name__}WithAuxLosses", [item], bases=(output_type,))
 
 
 def _padding_mask(attention_mask: Any) -> Tensor | None:

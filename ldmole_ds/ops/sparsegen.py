@@ -52,10 +52,12 @@ class _Sparsegen(torch.autograd.Function):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         u = logits.to(dtype)
         slack = (1 - lam.to(dtype)).unsqueeze(-1)
+        # An infinite lambda, or one of at least 1, would give finite weights on one path or the other.
+        slack = torch.where((slack > 0) & (slack < torch.inf), slack, torch.nan)
         z = u - u.amax(-1, keepdim=True)
         find_support = _support_pairwise if z.shape[-1] <= PAIRWISE_MAX_EXPERTS else _support_sorted
         support = find_support(z, slack)
-        k = support.sum(-1, keepdim=True)
+        k = support.sum(-1, keepdim=True, dtype=dtype)
         # p_i - 1/k is formed before 1/k is added: the backward for lambda needs it without cancellation.
         centred = (z - (z * support).sum(-1, keepdim=True) / k) / slack
         probs = (centred + 1 / k).clamp_(min=0).mul_(support)
@@ -73,20 +75,20 @@ class _Sparsegen(torch.autograd.Function):
         return grad_logits.to(ctx.logits_dtype), grad_lam.to(ctx.lam_dtype)
 
 
-def sparsegen(logits: Tensor, lam: Tensor) -> Tensor:
+def sparsegen(logits: Tensor, lam: Tensor | float) -> Tensor:
     """Sparsegen routing weights.
 
     Args:
         logits: Router logits ``u``, ``(..., E)``, any float dtype.
-        lam: lambda, ``(...)`` or broadcastable to it, below 1.
+        lam: lambda, ``(...)`` or broadcastable to it, or one number; below 1.
 
     Returns:
         Weights on the simplex, ``(..., E)`` in the dtype of ``logits``; many are exactly 0, never all of them.
-        A non-finite input gives a non-finite (or all-zero) row; the layers check for that where they synchronise.
+        A non-finite input, or lambda >= 1, gives a row of NaN; the layers check for that where they synchronise.
     """
-    lam = torch.as_tensor(lam, device=logits.device)
-    if not lam.is_floating_point():
-        lam = lam.to(torch.float32)
+    keep_dtype = isinstance(lam, Tensor) and lam.is_floating_point()
+    dtype = None if keep_dtype else torch.promote_types(logits.dtype, torch.float32)
+    lam = torch.as_tensor(lam, dtype=dtype, device=logits.device)
     return _Sparsegen.apply(logits, lam.expand(logits.shape[:-1]))
 
 

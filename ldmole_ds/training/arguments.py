@@ -92,7 +92,7 @@ class LayoutArguments:
     )
     expert_dispatch: str = _field(
         "tokens",
-        "tokens: tokens travel to the experts (all-to-all). weights: experts are gathered to the tokens. Equal results.",
+        "tokens: tokens travel to the experts (all-to-all). weights: experts are gathered to the tokens. Same results.",
         choices=EXPERT_DISPATCH,
     )
     overwrite_output_dir: bool = _field(False, "Write into an output folder that already holds a run.")
@@ -194,15 +194,12 @@ def _as_argv(values: dict, known: set[str], path: Path) -> list[str]:
     return argv
 
 
-def parse_flags(argv: list[str], demo_defaults: dict | None = None) -> tuple[Namespace, bool]:
+def parse_flags(argv: list[str], demo_defaults: dict | None = None) -> Namespace:
     """Parse flags, after those of a settings file if the first word names one. Touches no accelerator.
 
     Args:
         argv: Without the program's name.
         demo_defaults: Defaults that hold when neither data nor model is given: those of the embedded run.
-
-    Returns:
-        The flags, and whether this is the embedded run.
 
     Raises:
         UserError: An unknown flag or setting, or a value of the wrong type.
@@ -221,7 +218,7 @@ def parse_flags(argv: list[str], demo_defaults: dict | None = None) -> tuple[Nam
     flags, rest = parser.parse_known_args(argv)
     if rest:
         raise UserError(f"unknown argument {' '.join(rest)}: see --help, or --help_all for Hugging Face's flags")
-    return flags, embedded
+    return flags
 
 
 def adapter_config(flags: Namespace) -> LDMoLEConfig:

@@ -25,13 +25,22 @@ from ldmole_ds.training.arguments import DataArguments
 
 @dataclass
 class ChoiceData:
-    """Datasets and collator of a multiple-choice or classification run."""
+    """Datasets and collator of a multiple-choice or classification run.
+
+    Attributes:
+        train, validation: Encoded questions.
+        collator: Gives every batch of both the same number of candidates.
+        single_token: Whether one forward pass scores all candidates.
+        description: Where the rows came from.
+        label_words: The answers of a text-and-label task in their order; None for multiple choice.
+    """
 
     train: ChoiceDataset
     validation: ChoiceDataset | None
     collator: ChoiceCollator
     single_token: bool
     description: str
+    label_words: list[str] | None
 
 
 def demo_data_defaults() -> dict[str, str]:
@@ -53,25 +62,30 @@ def load_choice_data(arguments: DataArguments, tokenizer: PreTrainedTokenizerBas
     label_words = _label_words(arguments.label_words)
     columns = {"text_column": arguments.text_column, "label_column": arguments.label_column}
     if arguments.dataset_name:
-        train, validation, source = _hub_questions(arguments, label_words, columns)
+        train, validation, labels, source = _hub_questions(arguments, label_words, columns)
     elif arguments.train_file:
         labels = read_labels(arguments.train_file, **columns)
         train = read_questions(arguments.train_file, label_words=label_words, labels=labels, **columns)
         validation = None
         if arguments.validation_file:
             validation = read_questions(arguments.validation_file, label_words=label_words, labels=labels, **columns)
-        source = Path(arguments.train_file).name
+        source = "/".join(Path(arguments.train_file).parts[-2:])
     else:
         raise DataError("no training data: give --train_file FILE.jsonl or --dataset_name NAME")
+    words = [candidate.strip() for candidate in train[0].candidates] if labels else None
     sets = []
     for name, limit in (("train", arguments.max_train_samples), ("eval", arguments.max_eval_samples)):
         if limit is not None and limit < 1:
             raise DataError(f"--max_{name}_samples must be at least 1, got {limit}")
         questions = (train if name == "train" else validation) or None
-        sets.append(
-            ChoiceDataset.from_questions(questions[:limit], tokenizer, arguments.max_length) if questions else None
-        )
+        dataset = None
+        if questions:
+            dataset = ChoiceDataset.from_questions(questions[:limit], tokenizer, arguments.max_length)
+        sets.append(dataset)
     train_set, validation_set = sets
+    if validation_set is not None:
+        # Rows of one length side by side: less padding, same result.
+        validation_set.questions.sort(key=lambda question: len(question.prompt_ids))
     present = [s for s in (train_set, validation_set) if s is not None]
     return ChoiceData(
         train=train_set,
@@ -79,6 +93,7 @@ def load_choice_data(arguments: DataArguments, tokenizer: PreTrainedTokenizerBas
         collator=ChoiceCollator.for_datasets(padding_id(tokenizer), *present),
         single_token=all(s.single_token for s in present),
         description=source,
+        label_words=words,
     )
 
 
@@ -122,4 +137,4 @@ def _hub_questions(arguments: DataArguments, label_words: dict | None, columns: 
     validation = None
     if validation_rows is not None:
         validation = questions_from_rows(validation_rows, f"{name}[{arguments.validation_split}]", **common)
-    return train, validation, name
+    return train, validation, labels, name

@@ -123,7 +123,7 @@ def plot_curves(log_history: list[dict], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     panels = (
-        ("loss", [("loss", "training loss"), ("eval_loss", "held-out loss")]),
+        ("cross-entropy", [("cross_entropy_loss", "training"), ("eval_loss", "held out")]),
         ("auxiliary losses", [("sparsity_loss", "sparsity"), ("load_balancing_loss", "load balancing")]),
         ("experts per token", [("experts_per_token", "mean experts per token")]),
         ("lambda", [("lambda_mean", "mean"), ("lambda_std", "spread over tokens")]),

@@ -58,7 +58,7 @@ def resolve_ep_size(ep_size: str, num_experts: int, world_size: int, ranks_per_n
     return size
 
 
-def train(flags: Namespace, embedded: bool) -> None:
+def train(flags: Namespace) -> None:
     """Run it. Collective: every rank calls it with the same flags."""
     try:
         config = adapter_config(flags)
@@ -92,7 +92,9 @@ def train(flags: Namespace, embedded: bool) -> None:
             run_settings(**record, adapter=model.adapter_config.to_dict(), resolved=resolved, seed=training.seed),
         )
         print(startup_table(model, data, training), flush=True)
-    finish(trainer, model, data, folder, embedded)
+        if data.label_words:
+            write_json(folder / "label_words.json", data.label_words)
+    finish(trainer, model, data, folder)
     runtime.stop()
 
 
@@ -213,17 +215,17 @@ def startup_table(model: LDMoLEModel, data: ChoiceData, training: LDMoLETraining
     return "\n".join(
         [
             f"data      {rows} rows of {data.description}" + (f" ({cut} prompts cut to --max_length)" if cut else ""),
-            f"adapter   {config.router}, {config.num_experts} experts of rank {config.r} on {projections} projections in "
-            f"{len(model.input_groups)} input groups, {parameters['trainable']:,} trainable parameters",
-            f"layout    {topology.world_size} ranks, ep_size {topology.ep_size}: {held} of {config.num_experts} experts on "
-            f"each rank, expert_dispatch {model.expert_dispatch}",
+            f"adapter   {config.router}, {config.num_experts} experts of rank {config.r} on {projections} projections "
+            f"in {len(model.input_groups)} input groups, {parameters['trainable']:,} trainable parameters",
+            f"layout    {topology.world_size} ranks, ep_size {topology.ep_size}: {held} of {config.num_experts} "
+            f"experts on each rank, expert_dispatch {model.expert_dispatch}",
             f"batch     {micro} rows x {accumulation} accumulation x {topology.world_size} ranks = "
             f"{micro * accumulation * topology.world_size} rows a step",
         ]
     )
 
 
-def finish(trainer: LDMoLETrainer, model: LDMoLEModel, data: ChoiceData, folder: Path, embedded: bool) -> None:
+def finish(trainer: LDMoLETrainer, model: LDMoLEModel, data: ChoiceData, folder: Path) -> None:
     """Train, evaluate, save, report."""
     begin = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=_resume(trainer.args.resume_from_checkpoint))
@@ -234,8 +236,6 @@ def finish(trainer: LDMoLETrainer, model: LDMoLEModel, data: ChoiceData, folder:
     if data.validation is not None:
         evaluation = trainer.evaluate()
         routing_rows = trainer.eval_routing.summary(reduce=model.topology.world_size > 1)
-    with agreed("save"):
-        pass
     trainer.save_model()
     trainer.save_metrics("train", metrics)
     if evaluation:
@@ -259,7 +259,7 @@ def finish(trainer: LDMoLETrainer, model: LDMoLEModel, data: ChoiceData, folder:
         "ranks": ranks,
         "hint": reports.layout_hint(model),
         "adapter": str(folder),
-        "next_command": next_command(folder, embedded),
+        "next_command": next_command(folder, data),
     }
     write_json(folder / "report.json", report)
     write_json(folder / "routing_summary.json", routing_rows)
@@ -280,8 +280,8 @@ def _mean_routing(rows: dict[str, dict]) -> dict[str, float]:
     return {n: round(sum(v) / len(v), 4) for n, v in values.items() if v}
 
 
-def next_command(folder: Path, embedded: bool) -> str:
+def next_command(folder: Path, data: ChoiceData) -> str:
     """What to type next."""
-    prompt = "my card was declined at the grocery store" if embedded else "..."
-    kind = "--classify " if embedded else ""
+    kind = "--classify " if data.label_words else ""
+    prompt = "my card was declined at the grocery store" if data.label_words else "Question: ..."
     return f'python launch/generate.py --adapter {folder} {kind}--prompt "{prompt}"'

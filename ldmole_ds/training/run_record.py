@@ -29,8 +29,8 @@ def check_output_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
     held += [p.name for p in folder.glob("checkpoint-*")] if folder.is_dir() else []
     if held and not overwrite and not resume:
         raise ValueError(
-            f"--output_dir {folder} already holds a run ({held[0]}): choose another folder, pass --overwrite_output_dir, "
-            "or continue it with --resume_from_checkpoint"
+            f"--output_dir {folder} already holds a run ({held[0]}): choose another folder, pass "
+            "--overwrite_output_dir, or continue it with --resume_from_checkpoint"
         )
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / ".writable"

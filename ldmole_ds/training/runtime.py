@@ -30,8 +30,10 @@ class UserError(Exception):
     """A message for the user: printed as one line, without a traceback, on every rank's exit."""
 
 
-def discover_ranks() -> str:
+def discover_ranks(use_deepspeed: bool = True) -> str:
     """Fill RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT from what the launcher exports.
+
+    A single process without DeepSpeed needs none of them and is left alone.
 
     Returns:
         Where the ranks came from.
@@ -49,6 +51,8 @@ def discover_ranks() -> str:
                     raise UserError(f"{launcher} started {os.environ['WORLD_SIZE']} ranks, but MASTER_ADDR is not set")
                 break
         else:
+            if not use_deepspeed:
+                return source
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
             os.environ.setdefault("MASTER_PORT", str(_free_port()))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -81,7 +85,7 @@ def start(*, use_deepspeed: bool, timeout_s: int = 1800) -> str:
     Returns:
         The accelerator's name: cuda, cpu, ...
     """
-    source = discover_ranks()
+    source = discover_ranks(use_deepspeed)
     import deepspeed
     from accelerate import PartialState
     from deepspeed.accelerator import get_accelerator
@@ -89,7 +93,7 @@ def start(*, use_deepspeed: bool, timeout_s: int = 1800) -> str:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator = get_accelerator()
     name, backend = accelerator.device_name(), accelerator.communication_backend_name()
-    world_size = int(os.environ["WORLD_SIZE"])
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if name == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
     if use_deepspeed:

@@ -38,7 +38,7 @@ class LDMoLETrainer(Trainer):
         self._engine = None
         super().__init__(model, *args, **kwargs)
         self.single_token_choices = single_token_choices
-        self._window = {"tokens": 0, "start": time.perf_counter(), "aux": {}, "micro_steps": 0}
+        self._window: dict[str, Any] = {"tokens": 0, "start": time.perf_counter(), "losses": {}, "step": 0}
         self.tokens_timed, self.train_seconds = 0, 0.0
         self._check_layout(model)
         if self._zero_stage in (1, 2) and model.topology.ep_size > 1 and not hasattr(model, "expert_parallel_marker"):
@@ -135,7 +135,7 @@ class LDMoLETrainer(Trainer):
         if num_items_in_batch is not None and self.model_accepts_loss_kwargs:
             loss = loss * self.accelerator.num_processes
         if model.training:
-            self._note_aux_losses(outputs, num_items_in_batch)
+            self._note_losses(outputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _smoothing(self, logits: Tensor, labels: Tensor, num_items: Tensor | None) -> Tensor:
@@ -157,12 +157,13 @@ class LDMoLETrainer(Trainer):
             inputs.pop("position_ids")
         return inputs
 
-    def _note_aux_losses(self, outputs, num_items: Tensor | None) -> None:
+    def _note_losses(self, outputs, num_items: Tensor | None) -> None:
         scale = self.accelerator.num_processes if num_items is not None else 1
-        window = self._window
-        for name, value in outputs["aux_losses"].items():
-            window["aux"][name] = window["aux"].get(name, 0.0) + value.detach().double() * scale
-        window["micro_steps"] += 1
+        sums, aux = self._window["losses"], outputs["aux_losses"]
+        with torch.no_grad():
+            cross_entropy = outputs["loss"] - self.model.weighted(aux)
+            for name, value in {"cross_entropy": cross_entropy, **aux}.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double() * scale
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds auxiliary losses, routing and speed to the training logs. Every rank logs, so it may reduce."""
@@ -173,13 +174,13 @@ class LDMoLETrainer(Trainer):
     def _training_metrics(self) -> dict[str, float]:
         window, steps = self._window, self.state.global_step - self._window.get("step", 0)
         metrics: dict[str, float] = {}
-        if window["aux"] and steps > 0:
+        if window["losses"] and steps > 0:
             # Each micro-step added its share of the step's loss: the sum over micro-steps is the step's.
-            values = torch.stack([window["aux"][n] for n in window["aux"]]) / steps
+            values = torch.stack(list(window["losses"].values())) / steps
             if self.args.world_size > 1:
                 dist.all_reduce(values)
                 values /= self.args.world_size
-            metrics.update({f"{n}_loss": round(v, 6) for n, v in zip(window["aux"], values.tolist(), strict=True)})
+            metrics.update({f"{n}_loss": round(v, 6) for n, v in zip(window["losses"], values.tolist(), strict=True)})
         means = self.model.routing.means(reduce=self.args.world_size > 1)
         metrics.update({name: round(value, 4) for name, value in means.items()})
         seconds = time.perf_counter() - window["start"]
@@ -192,9 +193,8 @@ class LDMoLETrainer(Trainer):
     def restart_window(self) -> None:
         """Start the next logging window: what happens in between (evaluation) is in neither."""
         self.model.routing.reset()
-        self._window = {
-            "tokens": 0, "start": time.perf_counter(), "aux": {}, "micro_steps": 0, "step": self.state.global_step,
-        }  # fmt: skip
+        step = self.state.global_step
+        self._window = {"tokens": 0, "start": time.perf_counter(), "losses": {}, "step": step}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The Trainer's evaluation; its routing and time do not count into the training logs."""
