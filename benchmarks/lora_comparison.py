@@ -3,10 +3,10 @@
 
     python benchmarks/lora_comparison.py --output runs/lora_comparison
 
-Each method takes the best of three learning rates, chosen by accuracy on validation rows with the first seed. Then
-three seeds train with that rate and are measured once on the test rows. A seed sets the adapter's start and the order
-of rows, for both methods alike. Runs that are already in the output folder are not repeated, so an interrupted
-comparison goes on where it stopped. Everything goes through launch/train.py, as a user would run it.
+Each method takes the best of three learning rates, chosen by accuracy on validation rows with the first seed. Two more
+seeds train with that rate, and the three adapters are measured once on the test rows, in one process. A seed sets the
+adapter's start and the order of rows, for both methods alike. What is already in the output folder is not repeated, so
+an interrupted comparison goes on where it stopped. Training is launch/train.py, as a user would run it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,25 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ldmole_ds.tasks import demo_files  # noqa: E402
+import torch  # noqa: E402
+
+from ldmole_ds.model import LDMoLEModel  # noqa: E402
+from ldmole_ds.model.base_model import load_base_model, load_tokenizer  # noqa: E402
+from ldmole_ds.tasks import (  # noqa: E402
+    ChoiceCollator,
+    ChoiceDataset,
+    demo_files,
+    demo_model_file,
+    padding_id,
+    read_labels,
+    read_questions,
+    score_candidates,
+)
 from ldmole_ds.training.run_record import versions  # noqa: E402
 
 TRAIN = str(ROOT / "launch" / "train.py")
@@ -43,24 +55,49 @@ METHODS = {
 }
 
 
-def run(method: str, folder: Path, flags: dict, log: Path) -> dict:
+def train(method: str, folder: Path, rate: float, seed: int, log: Path) -> dict:
     """One training run through the launcher; its report, read back if the run is already there."""
-    if (folder / "report.json").is_file():
-        return json.loads((folder / "report.json").read_text())
-    spec, files = METHODS[method], demo_files()
-    data = {"train_file": files["train"], "label_words": files["labels"], "output_dir": folder}
-    settings = {**COMMON, **spec["flags"], **data, **flags}
-    if method.startswith("plain"):
-        settings = {k: v for k, v in settings.items() if not k.startswith(("sparsity", "target_num", "lambda"))}
-    argv = [*spec["command"], *(str(part) for k, v in settings.items() for part in (f"--{k}", v))]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(spec["threads"]), "DS_ACCELERATOR": "cpu"}
-    begin = time.time()
-    with open(log, "a") as out:
-        subprocess.run([*argv, "--overwrite_output_dir"], cwd=ROOT, env=environment, stdout=out, stderr=out, check=True)
-    report = json.loads((folder / "report.json").read_text())
-    report["whole_command_seconds"] = time.time() - begin
-    (folder / "report.json").write_text(json.dumps(report, indent=2))
-    return report
+    if not (folder / "report.json").is_file():
+        spec, files = METHODS[method], demo_files()
+        settings = {
+            **COMMON,
+            **spec["flags"],
+            "train_file": files["train"],
+            "validation_file": files["validation"],
+            "label_words": files["labels"],
+            "output_dir": folder,
+            "learning_rate": rate,
+            "seed": seed,
+        }
+        argv = [*spec["command"], *(str(part) for k, v in settings.items() for part in (f"--{k}", v))]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(spec["threads"]), "DS_ACCELERATOR": "cpu"}
+        with open(log, "a") as out:
+            command = [*argv, "--overwrite_output_dir"]
+            subprocess.run(command, cwd=ROOT, env=environment, stdout=out, stderr=out, check=True)
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_accuracy(folder: Path) -> float:
+    """Accuracy of a saved adapter on the test rows, measured once and kept beside it."""
+    kept = folder / "test_accuracy.json"
+    if not kept.is_file():
+        files = demo_files()
+        base, tokenizer = load_base_model(str(demo_model_file())), load_tokenizer(str(demo_model_file()))
+        model = LDMoLEModel.from_pretrained(base, folder)
+        questions = read_questions(
+            files["test"], label_words=json.loads(files["labels"].read_text()), labels=read_labels(files["train"])
+        )
+        dataset = ChoiceDataset.from_questions(questions, tokenizer, 512)
+        dataset.questions.sort(key=lambda question: len(question.prompt_ids))
+        collator = ChoiceCollator.for_datasets(padding_id(tokenizer), dataset)
+        correct = 0.0
+        for start in range(0, len(dataset), 50):
+            batch = collator(dataset.questions[start : start + 50])
+            with torch.no_grad():
+                scores = score_candidates(model, batch, single_token=dataset.single_token)
+            correct += (scores.argmax(1) == batch["gold"]).sum().item()
+        kept.write_text(json.dumps({"accuracy": correct / len(dataset), "rows": len(dataset)}))
+    return json.loads(kept.read_text())["accuracy"]
 
 
 def demo_defaults() -> dict:
@@ -74,7 +111,7 @@ def demo_defaults() -> dict:
     return {k: v for k, v in module.DEMO_DEFAULTS.items() if k not in skip and "batch_size" not in k}
 
 
-COMMON = {**demo_defaults(), "disable_tqdm": True}
+COMMON = {**demo_defaults(), "disable_tqdm": True, "eval_on_start": False}
 
 
 def table(rows: list[list[str]]) -> str:
@@ -86,26 +123,23 @@ def table(rows: list[list[str]]) -> str:
 def summary(results: dict, arguments: argparse.Namespace) -> str:
     """The comparison as Markdown, with its setting."""
     selection = [["method", *(f"lr {rate:g}" for rate in arguments.learning_rates)]]
-    tests = [["method", "lr", "test accuracy, mean (each seed)", "before", "experts per token", "lambda spread",
+    tests = [["method", "lr", "test accuracy: mean (each seed)", "experts per token", "lambda: mean, spread over tokens",
               "trainable", "train s", "tokens/s"]]  # fmt: skip
     for method, result in results.items():
-        validation = [f"{r['accuracy_after']:.3f}" for r in result["selection"].values()]
-        selection.append([method, *validation])
-        accuracies = [r["accuracy_after"] for r in result["test"]]
-        routing = [r["routing"] for r in result["test"] if r["routing"]]
+        selection.append([method, *(f"{r['accuracy_after']:.3f}" for r in result["selection"].values())])
+        accuracies, reports = result["test_accuracy"], result["reports"]
+        routing = [r["routing"] for r in reports if r["routing"]]
         mean = {k: statistics.mean(r[k] for r in routing) for k in routing[0]} if routing else {}
-        before = next((r["accuracy_before"] for r in result["test"] if r["accuracy_before"] is not None), None)
         tests.append(
             [
                 method,
                 f"{result['learning_rate']:g}",
                 f"{statistics.mean(accuracies):.3f} ({', '.join(f'{a:.3f}' for a in accuracies)})",
-                "-" if before is None else f"{before:.3f}",
-                f"{mean['experts_per_token']:.2f}" if mean else "1",
-                f"{mean['lambda_std']:.3f}" if mean.get("lambda_std") else "-",
-                f"{result['test'][0]['parameters']['trainable'] / 1e6:.2f} M",
-                f"{statistics.median(r['seconds'] for r in result['test']):.0f}",
-                f"{statistics.median(r['tokens_per_second'] for r in result['test']):.0f}",
+                f"{mean['experts_per_token']:.2f} of 8" if mean else "1 of 1",
+                f"{mean['lambda_mean']:.2f}, {mean['lambda_std']:.2f}" if mean.get("lambda_std") else "-",
+                f"{reports[0]['parameters']['trainable'] / 1e6:.2f} M",
+                f"{statistics.median(r['seconds'] for r in reports):.0f}",
+                f"{statistics.median(r['tokens_per_second'] for r in reports):.0f}",
             ]
         )
     setting = ", ".join(f"{k} {v}" for k, v in COMMON.items() if k != "disable_tqdm")
@@ -135,21 +169,25 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    files, log, results = demo_files(), folder / "log.txt", {}
+    log, results = folder / "log.txt", {}
+    first, *others = arguments.seeds
     for method in METHODS:
-        name, selection = method.split(",")[0].replace(" ", "-").lower(), {}
+        name = "ld-mole" if method.startswith("LD") else "lora"
+        selection, folders = {}, {}
         for rate in arguments.learning_rates:
-            flags = {"learning_rate": rate, "seed": arguments.seeds[0], "validation_file": files["validation"]}
-            selection[rate] = run(method, folder / f"{name}-lr{rate:g}", {**flags, "eval_on_start": False}, log)
+            folders[rate] = folder / f"{name}-lr{rate:g}-seed{first}"
+            selection[rate] = train(method, folders[rate], rate, first, log)
             print(f"{method}: lr {rate:g}: validation accuracy {selection[rate]['accuracy_after']:.3f}", flush=True)
         best = max(selection, key=lambda rate: selection[rate]["accuracy_after"])
-        tests = []
-        for seed in arguments.seeds:
-            flags = {"learning_rate": best, "seed": seed, "validation_file": files["test"]}
-            flags["eval_on_start"] = seed == arguments.seeds[0]
-            tests.append(run(method, folder / f"{name}-seed{seed}", flags, log))
-            print(f"{method}: seed {seed}: test accuracy {tests[-1]['accuracy_after']:.3f}", flush=True)
-        results[method] = {"selection": selection, "learning_rate": best, "test": tests}
+        finals, reports = [folders[best]], [selection[best]]
+        for seed in others:
+            finals.append(folder / f"{name}-lr{best:g}-seed{seed}")
+            reports.append(train(method, finals[-1], best, seed, log))
+        accuracies = [test_accuracy(final) for final in finals]
+        print(f"{method}: lr {best:g}: test accuracy {accuracies}", flush=True)
+        results[method] = {
+            "selection": selection, "learning_rate": best, "reports": reports, "test_accuracy": accuracies,
+        }  # fmt: skip
     (folder / "lora_comparison.md").write_text(summary(results, arguments))
     (folder / "lora_comparison.json").write_text(json.dumps(results, indent=2))
     print(summary(results, arguments))

@@ -90,7 +90,7 @@ class _ExchangeExperts(torch.autograd.Function):
         else:
             home_w = home_SX
         grad_w_TPGe[plan.token_index_S, plan.destination_S] = home_w.reshape(-1, g, e)
-        grad_w_TGE = grad_w_TPGe.transpose(1, 2).reshape(x_TD.shape[0], g, -1)
+        grad_w_TGE = grad_w_TPGe.transpose(1, 2).reshape(x_TD.shape[0], g, ctx.num_ranks * e)
         return grad_x, grad_w_TGE, None, None, None, None, grad_A, *grad_B
 
 

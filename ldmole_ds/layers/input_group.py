@@ -163,7 +163,7 @@ class InputGroup(nn.Module):
         probs_TGE = self._route(x_TD, context.token_mask(x), context)
         experts = ExpertWeights(self.lora_A, list(self.lora_B), self.scaling)
         y_TO = self.dispatcher.run(x_TD, probs_TGE, experts, self.name)
-        y = y_TO.to(x.dtype).view(*x.shape[:-1], -1)
+        y = y_TO.to(x.dtype).view(*x.shape[:-1], y_TO.shape[-1])
         return y.split(self.out_features, dim=-1)
 
     def _context(self) -> ForwardContext:

@@ -99,7 +99,7 @@ def auxiliary_losses(
     active = [_active_counts(b) for b in batches]
     num_tokens = torch.stack([_count(b, masked=True) for b in batches])
     num_routed = torch.stack([_count(b, masked=mask_padding) for b in batches])
-    broken = torch.cat([(~torch.isfinite(b.logits_TJE)).flatten(2).any(2).any(0) for b in batches])
+    broken = torch.cat([_broken(b) for b in batches])
     local = torch.cat([*(a.flatten() for a in active), num_tokens, num_routed, broken]).double()
     total = local.clone()
     if normalizer.reduce and normalizer.world_size > 1:
@@ -144,6 +144,12 @@ def _counted_probs(batch: RoutingBatch) -> Tensor:
 def _active_counts(batch: RoutingBatch) -> Tensor:
     """``(J, E)``: real tokens that give each expert a non-zero weight."""
     return (_counted_probs(batch).detach() > 0).sum(0)
+
+
+def _broken(batch: RoutingBatch) -> Tensor:
+    """``(J,)`` bool: projections with a non-finite router logit or lambda on some token."""
+    broken = (~torch.isfinite(batch.logits_TJE)).any(2).any(0)
+    return broken if batch.lam_TJ is None else broken | (~torch.isfinite(batch.lam_TJ)).any(0)
 
 
 def _count(batch: RoutingBatch, masked: bool) -> Tensor:

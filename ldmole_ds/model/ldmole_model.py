@@ -193,13 +193,14 @@ class LDMoLEModel(nn.Module):
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the model is the bare base model."""
         layers = [m for m in self.base_model.modules() if isinstance(m, AdaptedLinear)]
+        before = [layer.enabled for layer in layers]
         for layer in layers:
             layer.enabled = False
         try:
             yield
         finally:
-            for layer in layers:
-                layer.enabled = True
+            for layer, enabled in zip(layers, before, strict=True):
+                layer.enabled = enabled
 
     def routing_summary(self, reduce: bool = False) -> dict[str, dict]:
         """Per projection: mean experts per token, load per expert, mean lambda and its spread over tokens, live hidden

@@ -57,7 +57,7 @@ def experts_backward(
         torch.mm(dy, b.reshape(e * r, -1).t(), out=grad_hw.view(n, num_groups, e * r)[:, g])
         grad_B.append((hw[:, g].t() @ dy).view_as(b) if need_weights else None)
     grad_w = (grad_hw * h).sum(-1).mul_(scaling)
-    grad_h = grad_hw.mul_(w_scaled).view(n, -1)
+    grad_h = grad_hw.mul_(w_scaled).view(n, num_groups * e * r)
     grad_A = (grad_h.t() @ x_ND).view_as(lora_A) if need_weights else None
     grad_x = grad_h @ lora_A.reshape(-1, d) if need_x else None
     return grad_x, grad_w, grad_A, grad_B

@@ -16,13 +16,14 @@ from torch.nn import functional as F
 from ldmole_ds.distributed import ExpertParallel, LocalTokenDispatcher
 from ldmole_ds.layers import AdaptedLinear, ForwardContext, InputGroup, LambdaMLP, build_router
 from ldmole_ds.layers.context import ContextHolder
-from ldmole_ds.ops import load_balancing_loss, lora_experts_reference, lower_lambda, router_z_loss, sparsegen
-from ldmole_ds.ops import sparsity_loss as mean_sparsity_loss
+from ldmole_ds.ops.lora_experts import lora_experts_reference
+from ldmole_ds.ops.losses import load_balancing_loss, lower_lambda, router_z_loss, sparsity_loss
+from ldmole_ds.ops.sparsegen import sparsegen
 
 FOLDER = Path(__file__).resolve().parent.parent / "golden"
 INDEX = json.loads((FOLDER / "index.json").read_text())
-# Largest distance to the exact value, absolute for routing weights, else relative to the largest entry; the second where
-# 1 - lambda <= 0.02 magnifies what goes in.
+# Largest distance to the exact value: absolute for routing weights, else relative to the largest entry. The second one
+# holds where 1 - lambda <= 0.02 magnifies what goes in.
 BAR, BAR_SHARP = 1e-6, 1e-5
 GOLDEN_BAR = 2e-4
 MLP = ("mlp_w1", "mlp_b1", "mlp_w2", "mlp_b2")
@@ -176,7 +177,7 @@ def losses(dtype):
     logits, lam, mask = stack["logits"], stack["lam"], v["attention_mask"].flatten() != 0
     found = {"load_balancing_loss": load_balancing_loss(stack["probs"], mask), "router_z_loss": router_z_loss(logits)}
     for k in (1, 2, 3):
-        found[f"sparsity_loss_k{k}"] = mean_sparsity_loss(logits, lam, k)
+        found[f"sparsity_loss_k{k}"] = sparsity_loss(logits, lam, k)
         for i in range(4):
             found[f"lower_k{k}_{i}"] = lower_lambda(logits[:, i], k)
     return found

@@ -1,0 +1,131 @@
+"""What a user can get wrong ends in one clear sentence with the remedy, before any training."""
+
+import json
+
+import pytest
+
+from ldmole_ds.training.arguments import build_parser, parse_flags
+from ldmole_ds.training.run import resolve_ep_size, train
+from ldmole_ds.training.runtime import UserError
+
+
+@pytest.fixture
+def flags(tiny_model_folder, data_folder, tmp_path):
+    """A command line that would work, as a dict."""
+    return {
+        "model_name_or_path": tiny_model_folder,
+        "train_file": data_folder / "train.jsonl",
+        "validation_file": data_folder / "test.jsonl",
+        "output_dir": tmp_path / "out",
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "save_strategy": "no",
+    }
+
+
+def argv(flags: dict) -> list[str]:
+    return [str(part) for key, value in flags.items() for part in (f"--{key}", value)]
+
+
+def write(folder, text: str):
+    path = folder / "bad.jsonl"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model_name_or_path": "no/such-model"},
+            r"--model_name_or_path 'no/such-model' could not be loaded: .*hub id",
+        ),
+        ({"model_name_or_path": "missing.gguf"}, r"there is no such GGUF file"),
+        ({"train_file": "missing.jsonl"}, r"missing\.jsonl"),
+        ({"num_experts": 0}, r"--num_experts must be a whole number of at least 1"),
+        ({"lora_dropout": 1.5}, r"--lora_dropout must be in \[0, 1\)"),
+        ({"ep_size": "two"}, r"--ep_size must be auto or a whole number"),
+        ({"ep_size": 2}, r"--ep_size 2 does not divide the 1 ranks"),
+        ({"target_modules": "qq_proj"}, r"target_modules \['qq_proj'\] match no linear layer .*'q_proj'.*'all-linear'"),
+        ({"target_modules": "nothing.*"}, r"matches no linear layer .*choose among"),
+        ({"deepspeed": "ds_configs/zero9.json"}, r"--deepspeed ds_configs/zero9\.json does not exist"),
+        ({"eval_strategy": "steps", "validation_file": ""}, r"--eval_strategy|validation_file"),
+        ({"max_train_samples": 0}, r"--max_train_samples must be at least 1"),
+        ({"label_words": "missing.json"}, r"--label_words missing\.json"),
+        ({"router": "topk", "topk": 9}, r"topk=9 is more than num_experts=8"),
+        ({"max_length": 1}, r"max_length"),
+    ],
+)
+def test_one_sentence_with_the_remedy(flags, change, message):
+    with pytest.raises(UserError, match=message) as caught:
+        train(parse_flags(argv({**flags, **change})))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ('{"text": "a", "label": "x"}\n{"text": "b"}\n', r"bad\.jsonl:2: no key 'label'"),
+        ('{"text": "a", "label": "x"}\nnot json\n', r"bad\.jsonl:2"),
+        ("", r"bad\.jsonl"),
+        (
+            '{"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "C"}\n',
+            r":1: answerKey",
+        ),
+    ],
+)
+def test_a_broken_row_is_named_by_file_and_line(flags, tmp_path, rows, message):
+    with pytest.raises(UserError, match=message):
+        train(parse_flags(argv({**flags, "train_file": write(tmp_path, rows)})))
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel"),
+        ({"pipeline": {"stages": 2}}, "pipeline"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param"),
+    ],
+)
+def test_unsupported_deepspeed_settings_are_refused(flags, tmp_path, setting, name):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(setting))
+    with pytest.raises(UserError, match=f"{name} is not supported yet"):
+        train(parse_flags(argv({**flags, "deepspeed": path})))
+
+
+def test_unknown_flags_and_settings_are_refused(tmp_path):
+    with pytest.raises(UserError, match="unknown argument --lora_r 8"):
+        parse_flags(["--lora_r", "8"])
+    path = tmp_path / "run.yaml"
+    path.write_text("lora_alhpa: 8\n")
+    with pytest.raises(UserError, match=r"run\.yaml: unknown setting 'lora_alhpa': did you mean lora_alpha"):
+        parse_flags([str(path)])
+    with pytest.raises(UserError, match="invalid choice: 'soft'"):
+        parse_flags(["--router", "soft"])
+
+
+def test_a_settings_file_is_overridden_by_flags(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"r": 4, "num_experts": 16, "target_modules": ["q_proj", "v_proj"], "bf16": True}))
+    flags = parse_flags([str(path), "--r", "32"], {"num_experts": 2, "output_dir": "runs/demo"})
+    assert (flags.r, flags.num_experts, flags.target_modules, flags.bf16) == (32, 16, ["q_proj", "v_proj"], True)
+
+
+def test_ep_size_auto_stays_inside_a_node():
+    assert resolve_ep_size("auto", num_experts=8, world_size=16, ranks_per_node=8) == 8
+    assert resolve_ep_size("auto", num_experts=8, world_size=12, ranks_per_node=6) == 2
+    assert resolve_ep_size("auto", num_experts=1, world_size=4, ranks_per_node=4) == 1
+    assert resolve_ep_size("auto", num_experts=6, world_size=4, ranks_per_node=4) == 2
+    with pytest.raises(ValueError, match="--num_experts 8 is not divisible by --ep_size 3"):
+        resolve_ep_size("3", num_experts=8, world_size=3, ranks_per_node=3)
+
+
+def test_help_is_grouped_and_shows_defaults():
+    text = build_parser().format_help()
+    for group in ("base model:", "data:", "adapter:", "expert parallelism and output:"):
+        assert group in text
+    assert "--num_experts" in text and "(default: 8)" in text
+    assert len(text.splitlines()) < 260
+    assert "--torch_compile_mode" not in text and "--torch_compile_mode" in build_parser(all_flags=True).format_help()

@@ -1,0 +1,87 @@
+"""Activation checkpointing: the second pass routes as the first did, and auxiliary losses are counted once."""
+
+import pytest
+import torch
+
+from ldmole_ds.layers import LambdaMLP
+from tests.tiny import ragged_batch, tiny_config, tiny_model
+
+REMEDY = r"gradient_checkpointing_enable\(\) on the LDMoLEModel"
+
+
+def make_model(checkpointing):
+    model = tiny_model(tiny_config(lora_dropout=0.2)).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def run(model, batches):
+    """All forward passes, then one backward."""
+    torch.manual_seed(5)
+    runs = []
+    handles = [g.register_forward_hook(lambda module, *_: runs.append(module.name)) for g in model.input_groups]
+    outputs = [model(**batch) for batch in batches]
+    sum(output.loss for output in outputs).backward()
+    for handle in handles:
+        handle.remove()
+    return {
+        "losses": [output.loss.detach() for output in outputs],
+        "aux": [output.aux_losses for output in outputs],
+        "grads": {name: p.grad for name, p in model.named_parameters() if p.requires_grad},
+        "tokens": {stats["tokens"] for stats in model.routing_summary().values()},
+        "runs": len(runs),
+    }
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1]], ids=["one pass", "two passes before the backward"])
+def test_loss_and_gradients_are_those_without_checkpointing(seeds):
+    batches = [ragged_batch(seed=seed) for seed in seeds]
+    # Equal shapes and different masks, so that the mask of the wrong pass would go unnoticed but for the gradients.
+    masks = [batch["attention_mask"] for batch in batches]
+    assert all(m.shape == masks[0].shape for m in masks) and (len(seeds) == 1 or not torch.equal(*masks))
+    plain, recomputed = run(make_model(False), batches), run(make_model(True), batches)
+    assert recomputed["runs"] == 2 * plain["runs"] == 2 * 8 * len(seeds), "every group must have run twice"
+    assert recomputed["losses"] == plain["losses"]
+    for ours, expected in zip(recomputed["aux"], plain["aux"], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    for name, expected in plain["grads"].items():
+        torch.testing.assert_close(recomputed["grads"][name], expected, rtol=1e-5, atol=1e-8, msg=name)
+        assert expected.abs().max() > 0, f"{name}: a gradient of zero compares nothing"
+    assert recomputed["tokens"] == plain["tokens"] == {int(sum(mask.sum() for mask in masks))}
+
+
+def test_dropout_makes_a_difference_here():
+    """Otherwise the test above could not see a second pass with another dropout mask."""
+    model, batch = make_model(False), ragged_batch()
+    torch.manual_seed(5)
+    first = model(**batch).loss
+    assert first != model(**batch).loss
+
+
+def test_checkpointing_can_be_switched_off_again():
+    model = make_model(True)
+    model.gradient_checkpointing_disable()
+    assert run(model, [ragged_batch()])["runs"] == 8
+
+
+def test_reentrant_checkpointing_is_refused():
+    with pytest.raises(ValueError, match="pass use_reentrant=False"):
+        make_model(False).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    make_model(False).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def test_checkpointing_of_the_base_model_is_refused_in_backward():
+    model = make_model(False)
+    model.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss = model(**ragged_batch()).loss
+    with pytest.raises(RuntimeError, match=REMEDY):
+        loss.backward()
+
+
+def test_evaluation_does_not_recompute(monkeypatch):
+    calls, forward = [], LambdaMLP.forward
+    monkeypatch.setattr(LambdaMLP, "forward", lambda self, x: calls.append(x) or forward(self, x))
+    model = make_model(True).eval()
+    model(**ragged_batch())
+    assert len(calls) == 8
