@@ -123,7 +123,7 @@ def table(rows: list[list[str]]) -> str:
 def summary(results: dict, arguments: argparse.Namespace) -> str:
     """The comparison as Markdown, with its setting."""
     selection = [["method", *(f"lr {rate:g}" for rate in arguments.learning_rates)]]
-    tests = [["method", "lr", "test accuracy: mean (each seed)", "experts per token", "lambda: mean, spread over tokens",
+    tests = [["method", "lr", "test accuracy: mean (each seed)", "experts per token", "lambda: mean, spread",
               "trainable", "train s", "tokens/s"]]  # fmt: skip
     for method, result in results.items():
         selection.append([method, *(f"{r['accuracy_after']:.3f}" for r in result["selection"].values())])
