@@ -8,9 +8,13 @@ trains the embedded model on the embedded data. See --help, and README.md.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
+# One progress bar per job. Read by tqdm when it is imported.
+if os.environ.get("RANK", "0") != "0":
+    os.environ.setdefault("TQDM_DISABLE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldmole_ds.training.runtime import run_main

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ LAMBDA_INITS = ("live", "paper")
 BALANCE_STATISTICS = ("global", "per_rank")
 INPUT_GROUP_MODES = ("auto", "single")
 ADAPTER_DTYPES = (None, "float32", "bfloat16", "float16")
+LOSS_WEIGHTS = ("sparsity_loss_weight", "load_balancing_loss_weight", "router_z_loss_weight")
 EXPERT_DISPATCH = ("tokens", "weights")
 
 CONFIG_NAME = "adapter_config.json"
@@ -99,6 +101,9 @@ class LDMoLEConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        for name in ("lora_alpha", "lora_dropout", "fixed_lambda", *LOSS_WEIGHTS):
+            if not isinstance(getattr(self, name), (int, float)) or not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)!r}")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
         if not self.lora_alpha > 0:
@@ -107,8 +112,8 @@ class LDMoLEConfig:
             raise ValueError(f"fixed_lambda must be below 1 (at 1 Sparsegen is undefined), got {self.fixed_lambda!r}")
         if self.router == "topk" and self.topk > self.num_experts:
             raise ValueError(f"topk={self.topk} is more than num_experts={self.num_experts}: lower topk")
-        for name in ("sparsity_loss_weight", "load_balancing_loss_weight", "router_z_loss_weight"):
-            if not 0.0 <= getattr(self, name) < float("inf"):
+        for name in LOSS_WEIGHTS:
+            if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)!r}")
         for name, allowed in (
             ("router", ROUTERS),
@@ -157,6 +162,8 @@ class LDMoLEConfig:
             values = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not valid JSON ({error}): restore it from a complete save") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds no JSON object: restore it from a complete save")
         if values.get("peft_type") != "LD_MOLE":
             raise ValueError(f"{path} describes a {values.get('peft_type')!r} adapter, not LD_MOLE")
         return cls.from_dict(values)

@@ -29,6 +29,16 @@ def gathered(params: Iterable[nn.Parameter], modifier_rank: int | None = None) -
     return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=modifier_rank)
 
 
+def finish_prefetches(model: nn.Module) -> None:
+    """Wait for parameters that ZeRO-3 has begun to fetch for a forward pass that has not come.
+
+    After an evaluation some always are; gathering them a second time would abort.
+    """
+    in_flight = getattr(model, "ds_inflight_param_registry", None) or {}
+    for param in list(in_flight):
+        in_flight.pop(param).wait()
+
+
 def full_shape(param: torch.Tensor) -> torch.Size:
     """The whole parameter's shape, also while ZeRO-3 has released its data."""
     return torch.Size(param.ds_shape) if is_zero3_parameter(param) else param.shape

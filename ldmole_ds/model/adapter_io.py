@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldmole_ds.config import CONFIG_NAME, WEIGHTS_NAME
-from ldmole_ds.distributed.zero import full_shape, gathered
+from ldmole_ds.distributed.zero import finish_prefetches, full_shape, gathered
 
 if TYPE_CHECKING:
     from ldmole_ds.layers import InputGroup
@@ -56,6 +56,7 @@ def gather_adapter_state(model: LDMoLEModel, *, keep: bool = True) -> dict[str, 
         model: Under any layout and ZeRO stage.
         keep: Whether this rank wants the tensors (others take part and return nothing).
     """
+    finish_prefetches(model)
     state: dict[str, Tensor] = {}
 
     def put(key: str, value: Tensor) -> None:
@@ -96,7 +97,7 @@ def save_adapter(model: LDMoLEModel, folder: Path) -> None:
             config = json.dumps(model.adapter_config.to_dict(), indent=2) + "\n"
             write_atomically(folder / WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"}))
             write_atomically(folder / CONFIG_NAME, lambda path: path.write_text(config, encoding="utf-8"))
-        except OSError as caught:
+        except (OSError, SafetensorError) as caught:  # a full disk is the latter
             error = f"the adapter could not be saved in {folder}: {caught}"
     if model.topology.world_size > 1:
         box = [error]
@@ -144,6 +145,7 @@ def load_adapter(model: LDMoLEModel, folder: Path) -> None:
 @torch.no_grad()
 def load_state(model: LDMoLEModel, state: dict[str, Tensor], source: str) -> None:
     """Load a canonical state; see `load_adapter`."""
+    finish_prefetches(model)
     state = dict(state)
 
     def take(key: str, shape: tuple[int, ...]) -> Tensor:

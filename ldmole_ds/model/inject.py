@@ -58,6 +58,8 @@ def get_ldmole_model(
     groups = _checked_groups(config, targets) or find_input_groups(base_model, targets, config.input_groups)
     config = dataclasses.replace(config, projection_groups=copy.deepcopy(groups))
 
+    if config.sparsity_loss_weight and config.router != "sparsegen":
+        logger.warning("sparsity_loss_weight has no effect on router %s, which has no learned lambda", config.router)
     base_model.requires_grad_(False)
     holder, stats = ContextHolder(), CommStats()
     router = build_router(config.router, fixed_lambda=config.fixed_lambda, topk=config.topk)

@@ -174,20 +174,33 @@ class LDMoLEModel(nn.Module):
                 raise
             return getattr(self.base_model, name)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Trade compute for memory. Non-reentrant only: the default here.
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any
+    ) -> None:
+        """Trade compute for memory. Non-reentrant only, which is the default here.
+
+        Args:
+            activation_checkpointing_kwargs: For ``torch.utils.checkpoint.checkpoint``.
+            **kwargs: For the base model's method.
 
         Raises:
             ValueError: ``use_reentrant=True`` was asked for.
         """
-        kwargs = dict(gradient_checkpointing_kwargs or {})
-        if kwargs.setdefault("use_reentrant", False):
+        options = dict(activation_checkpointing_kwargs or {})
+        if options.setdefault("use_reentrant", False):
             raise ValueError(
                 "reentrant checkpointing loses the auxiliary losses' graph: pass use_reentrant=False "
-                "(--gradient_checkpointing_kwargs '{\"use_reentrant\": false}')"
+                "(--activation_checkpointing_kwargs '{\"use_reentrant\": false}')"
             )
-        kwargs["context_fn"] = self._holder.checkpoint_contexts
-        self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        options["context_fn"] = self._holder.checkpoint_contexts
+        if hasattr(self.base_model, "activation_checkpointing_enable"):
+            self.base_model.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
+        else:
+            self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

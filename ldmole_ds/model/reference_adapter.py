@@ -29,14 +29,16 @@ def convert_reference_state(model: LDMoLEModel, state: dict[str, Tensor]) -> dic
     """The authors' keys renamed and stacked to the canonical form of ``model``.
 
     Raises:
-        ValueError: a tensor is missing, or copies of the shared lambda MLP differ.
+        ValueError: a tensor is missing, an expert or router has no place, or copies of the shared lambda MLP differ.
     """
     state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
     converted: dict[str, Tensor] = {}
+    unused = {key for key in state if ".lora_" in key}
 
     def get(key: str) -> Tensor:
         if key not in state:
             raise ValueError(f"the reference adapter lacks {key}: num_experts, target_modules or base model differ")
+        unused.discard(key)
         return state[key]
 
     for group in model.input_groups:
@@ -57,6 +59,11 @@ def convert_reference_state(model: LDMoLEModel, state: dict[str, Tensor]) -> dic
                         f"the reference adapter's lambda MLP differs under {path}: it was trained with local MLPs, use "
                         "lambda_sharing='per_layer' and input_groups='single'"
                     )
+    if unused:
+        raise ValueError(
+            f"the reference adapter holds {sorted(unused)[:4]}, for which this model has no place: num_experts, "
+            "target_modules or base model differ"
+        )
     return converted
 
 

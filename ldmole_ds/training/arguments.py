@@ -10,7 +10,7 @@ import dataclasses
 import json
 import sys
 import typing
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, Namespace
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, Namespace
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ _NOT_FLAGS = {"base_model_name_or_path", "base_model_revision", "projection_grou
 _COMMON_TRAINING_FLAGS = {
     "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
     "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
-    "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "gradient_checkpointing", "eval_strategy", "eval_steps",
+    "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "activation_checkpointing", "eval_strategy", "eval_steps",
     "eval_on_start", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint",
     "report_to", "seed", "data_seed", "deepspeed", "ddp_timeout", "disable_tqdm", "push_to_hub",
 }  # fmt: skip
@@ -129,14 +129,29 @@ class LDMoLETrainingArguments(TrainingArguments):
 
 
 class _Formatter(ArgumentDefaultsHelpFormatter):
+    """One line per flag: no spelling with hyphens beside the one with underscores, no "(default: None)"."""
+
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=38, width=120)
+
+    def _format_action_invocation(self, action: Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return ", ".join(action.option_strings[:2] if action.dest == "help" else action.option_strings[:1])
+        values = "{" + ",".join(map(str, action.choices)) + "}" if action.choices and len(action.choices) < 6 else ""
+        kind = getattr(action.type, "__name__", "text")
+        value = values or {"str": "TEXT", "int": "N", "float": "X", "string_to_bool": "BOOL"}.get(kind, "VALUE")
+        return f"{action.option_strings[0]} {value}{' ...' if action.nargs == '+' else ''}"
+
+    def _get_help_string(self, action: Action) -> str:
+        if action.default is None or action.nargs == 0:
+            return action.help or ""
+        return super()._get_help_string(action) or ""
 
 
 USAGE = """%(prog)s [run.yaml] [--flag value ...]
 
   deepspeed --num_gpus 2 launch/train.py --deepspeed ds_configs/zero2.json
-      trains on the embedded model and data: nothing else is needed
+      trains on the embedded model and data with settings of its own: nothing else is needed
   deepspeed launch/train.py --deepspeed ds_configs/zero2_bf16.json --bf16 \\
       --model_name_or_path Qwen/Qwen3-1.7B --train_file train.jsonl --validation_file test.jsonl --output_dir runs/one
       trains any causal language model on your own rows
@@ -213,7 +228,8 @@ def parse_flags(argv: list[str], demo_defaults: dict | None = None) -> Namespace
         argv = [*_as_argv(read_settings_file(path), known, path), *argv[1:]]
     given = {a[2:].split("=")[0] for a in argv if a.startswith("--")}
     embedded = not given & {"train_file", "dataset_name", "validation_file"}
-    if embedded and demo_defaults:
+    # --help shows the defaults that hold for one's own data.
+    if embedded and demo_defaults and not {"-h", "--help", "--help_all"} & set(argv):
         parser.set_defaults(**demo_defaults)
     flags, rest = parser.parse_known_args(argv)
     if rest:

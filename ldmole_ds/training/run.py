@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -100,6 +101,7 @@ def train(flags: Namespace) -> None:
 
 def quiet_libraries() -> None:
     """Leave the log to the run: libraries speak from warnings up, and only on rank 0."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     level = logging.WARNING if is_main_process() else logging.ERROR
     logging.getLogger("DeepSpeed").setLevel(level)
     logging.getLogger("accelerate").setLevel(level)

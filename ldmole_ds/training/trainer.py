@@ -111,6 +111,8 @@ class LDMoLETrainer(Trainer):
             mask, ids = batch.get("attention_mask"), batch.get("input_ids")
             real = mask.ne(0).sum() if isinstance(mask, Tensor) and mask.dim() == 2 else ids.numel()
             counts += torch.stack([torch.as_tensor(real), torch.as_tensor(ids.numel())]).cpu()
+        if not self.tokens_timed and not self._window["tokens"]:
+            self.restart_window()  # what came before the first step is no training time
         if self.args.world_size > 1:
             counts = counts.to(device)
             dist.all_reduce(counts)
@@ -123,19 +125,22 @@ class LDMoLETrainer(Trainer):
         """Cross-entropy (smoothed if asked for) plus auxiliary losses, as this rank's share of the global mean."""
         inputs = {k: v for k, v in inputs.items() if k not in _CHOICE_FIELDS}
         inputs = self._accepted(_keep_answer_logits(inputs, self._forward_parameters))
-        if num_items_in_batch is not None and self.model_accepts_loss_kwargs:
-            inputs["num_items_in_batch"] = num_items_in_batch
-        if model.training:
-            inputs["num_routed_tokens"] = getattr(self, "_num_routed_tokens", None)
-            inputs["gradient_accumulation_steps"] = getattr(self, "current_gradient_accumulation_steps", 1)
+        # A model that takes num_items_in_batch returns its share of the whole optimizer step; one that does not,
+        # the mean of its micro-batch, which the Trainer averages.
+        num_items = num_items_in_batch if self.model_accepts_loss_kwargs else None
+        if num_items is not None:
+            inputs["num_items_in_batch"] = num_items
+            if model.training:
+                inputs["num_routed_tokens"] = self._num_routed_tokens
+                inputs["gradient_accumulation_steps"] = self.current_gradient_accumulation_steps
         outputs = model(**inputs)
         loss = outputs["loss"]
         if self.args.label_smoothing_factor and model.training:
-            loss = loss + self._smoothing(outputs["logits"], inputs["labels"], num_items_in_batch)
-        if num_items_in_batch is not None and self.model_accepts_loss_kwargs:
+            loss = loss + self._smoothing(outputs["logits"], inputs["labels"], num_items)
+        if num_items is not None:
             loss = loss * self.accelerator.num_processes
         if model.training:
-            self._note_losses(outputs, num_items_in_batch)
+            self._note_losses(outputs, num_items)
         return (loss, outputs) if return_outputs else loss
 
     def _smoothing(self, logits: Tensor, labels: Tensor, num_items: Tensor | None) -> Tensor:

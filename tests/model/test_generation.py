@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from ldmole_ds.layers import ForwardContext
+from ldmole_ds.model import ldmole_model
 from tests.tiny import tiny_config, tiny_llama, tiny_model, wake_experts
 
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -63,9 +65,16 @@ def test_padding_is_not_dispatched_in_any_step(model, monkeypatch):
     assert all(rows.all() for rows in seen[1:])
 
 
-def test_generating_records_nothing(model):
-    model.reset_routing_summary()
+def test_generating_records_nothing(model, monkeypatch):
+    contexts = []
+
+    def keep(**kwargs):
+        contexts.append(ForwardContext(**kwargs))
+        return contexts[-1]
+
+    monkeypatch.setattr(ldmole_model, "ForwardContext", keep)
     generated(model, PROMPTS)
+    assert len(contexts) == 6 and not any(context.records for context in contexts)
     assert model.routing_summary() == {}
     assert model._holder.current is None and all(group._pending is None for group in model.input_groups)
 

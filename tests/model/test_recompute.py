@@ -3,16 +3,19 @@
 import pytest
 import torch
 
-from ldmole_ds.layers import LambdaMLP
+from ldmole_ds.layers import ForwardContext, LambdaMLP
+from ldmole_ds.model import ldmole_model
 from tests.tiny import ragged_batch, tiny_config, tiny_model
 
+# Transformers renamed these methods and keeps the older names until version 6.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_.*able. is deprecated:FutureWarning")
 REMEDY = r"gradient_checkpointing_enable\(\) on the LDMoLEModel"
 
 
-def make_model(checkpointing):
+def make_model(checkpointing, enable="gradient_checkpointing_enable"):
     model = tiny_model(tiny_config(lora_dropout=0.2)).train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        getattr(model, enable)()
     return model
 
 
@@ -57,6 +60,28 @@ def test_dropout_makes_a_difference_here():
     torch.manual_seed(5)
     first = model(**batch).loss
     assert first != model(**batch).loss
+
+
+def test_the_newer_name_of_the_same_switch():
+    """The Trainer of transformers 5.23 calls it, with keywords of its own."""
+    plain = run(make_model(False), [ragged_batch()])
+    recomputed = run(make_model(True, "activation_checkpointing_enable"), [ragged_batch()])
+    assert recomputed["runs"] == 2 * plain["runs"]
+    torch.testing.assert_close(recomputed["grads"], plain["grads"], rtol=1e-5, atol=1e-8)
+    with pytest.raises(ValueError, match="pass use_reentrant=False"):
+        make_model(False).activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+
+
+def test_the_second_pass_records_nothing(monkeypatch):
+    contexts = []
+
+    def keep(**kwargs):
+        contexts.append(ForwardContext(**kwargs))
+        return contexts[-1]
+
+    monkeypatch.setattr(ldmole_model, "ForwardContext", keep)
+    assert run(make_model(True), [ragged_batch()])["runs"] == 16
+    assert [len(context.records) for context in contexts] == [8]
 
 
 def test_checkpointing_can_be_switched_off_again():

@@ -34,10 +34,11 @@ def by_bisection(logits, lam):
     return (u - tau).clamp(min=0) / (1 - lam)
 
 
-def random_case(num_experts, dtype=torch.float32, tokens=6):
-    """Logits of several spreads; one lambda of `LAMBDAS` per token."""
-    logits = torch.randn(tokens, num_experts, dtype=dtype) * torch.tensor([1.0, 0.01, 5.0, 1.0, 1.0, 1.0])[:, None]
-    return logits, torch.tensor(LAMBDAS, dtype=dtype)
+def random_case(num_experts, dtype=torch.float32):
+    """Every lambda of `LAMBDAS` with logits of several spreads; 60 tokens, so that some lie close to the edge."""
+    spread = torch.tensor([0.01, 1.0, 1.0, 5.0], dtype=dtype).repeat(15)[:, None, None]
+    logits = torch.randn(60, len(LAMBDAS), num_experts, dtype=dtype) * spread
+    return logits, torch.tensor(LAMBDAS, dtype=dtype).repeat(60, 1)
 
 
 @pytest.mark.parametrize("num_experts", NUM_EXPERTS)
@@ -60,9 +61,9 @@ def test_values_and_gradients_equal_the_reference(path, num_experts):
         results.append((probs, *torch.autograd.grad(probs, (logits, lam), cotangent)))
     for name, ours, expected in zip(("probs", "logits", "lambda"), *results, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
-    active = (results[0][0] > 0).sum(-1)
+    active = (results[0][0] > 0).sum(-1).double().mean(0)
     assert active[0] == num_experts, "lambda -1e4 must leave every expert active"
-    assert active[-1] == 1 or num_experts == 256, "lambda 0.99 must leave one"
+    assert num_experts == 1 or active[-1] < active[0] / 1.5, "lambda 0.99 must leave few"
 
 
 @pytest.mark.parametrize("num_experts", NUM_EXPERTS)
