@@ -26,8 +26,9 @@ _COMMON_TRAINING_FLAGS = {
     "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
     "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
     "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "activation_checkpointing", "eval_strategy",
-    "eval_steps", "eval_on_start", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint",
-    "report_to", "seed", "data_seed", "deepspeed", "ddp_timeout", "disable_tqdm", "push_to_hub",
+    "eval_steps", "eval_on_start", "logging_steps", "save_strategy", "save_steps", "save_total_limit",
+    "resume_from_checkpoint", "report_to", "seed", "data_seed", "deepspeed", "ddp_timeout", "disable_tqdm",
+    "push_to_hub",
 }  # fmt: skip
 
 
