@@ -95,6 +95,8 @@ class LDMoLEConfig:
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, (tuple, set)):
             self.target_modules = sorted(self.target_modules)
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
         if self.router == "lora":
             self.num_experts = 1
         for name in ("num_experts", "r", "lambda_hidden_size", "target_num_experts", "topk"):

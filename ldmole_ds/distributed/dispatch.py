@@ -5,7 +5,8 @@
 The result holds, for each token, the sum over *all* its experts of all G projections of an input group, wherever they
 live. The unit of dispatch is (token, destination rank), not (token, expert): a token travels once to each remote rank
 that holds at least one of its active experts in any projection of the group, with its D values and its G * E/P routing
-weights for that rank. The answer is already the sum over that rank's experts: one vector of O values returns.
+weights for that rank. The answer is already the sum over that rank's experts: one vector of O values returns. The
+gradient of a weight that is exactly 0 is only defined up to the router's support: no router here reads it.
 
 Dispatchers own no parameters. Shape legend: T local tokens, D in_features, G projections, E experts, P = ep_size,
 e = E/P local experts, S rows sent, R rows received, O summed out_features.

@@ -43,11 +43,12 @@ def gather_rank_facts(model: LDMoLEModel) -> list[dict[str, Any]]:
     return gathered
 
 
-def _count(value: float) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+def _count(value: float, unit: str = "") -> str:
+    """A number with three digits and a prefix: ``21.3 M``, ``3.11 GB``."""
+    for prefix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
-            return f"{value / size:.2f} {unit}"
-    return f"{value:.0f} "
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:.0f} {unit}".rstrip()
 
 
 def _percent(value: float | None) -> str:
@@ -73,28 +74,28 @@ def format_report(report: dict[str, Any]) -> str:
                 (
                     "lambda",
                     f"mean {routing['lambda_mean']:.3f}, spread over tokens {routing['lambda_std']:.3f}, live hidden "
-                    f"units {routing['live_hidden_units']} of {routing['hidden_units']} (mean over groups)",
+                    f"units {routing['live_hidden_units']:.0f} of {routing['hidden_units']:.0f} (mean over groups)",
                 )
             )
     parameters = report["parameters"]
     lines.append(
         (
             "parameters",
-            f"{_count(parameters['trainable'])}trainable in all, {_count(parameters['trainable_on_this_rank'])}on "
-            f"each rank, {_count(parameters['base'])}frozen",
+            f"{_count(parameters['trainable'])} trainable in all, {_count(parameters['trainable_on_this_rank'])} on "
+            f"each rank, {_count(parameters['base'])} frozen",
         )
     )
     for facts in ranks:
         first, last = facts["experts"]
         moved = "nothing sent" if not facts["calls"] else (
-            f"{facts['calls']} all-to-all calls, {_count(facts['tokens_sent'])}tokens and "
-            f"{_count(facts['bytes_sent'])}B sent"
+            f"{facts['calls']} all-to-all calls, {_count(facts['tokens_sent'])} tokens and "
+            f"{_count(facts['bytes_sent'], 'B')} sent"
         )  # fmt: skip
         lines.append(
             (
                 f"rank {facts['rank']}",
                 f"experts {first}-{last} ({last - first + 1} of {report['num_experts']}), {moved}, "
-                f"peak memory {_count(facts['peak_memory_bytes'])}B",
+                f"peak memory {_count(facts['peak_memory_bytes'], 'B')}",
             )
         )
     if report["hint"]:
@@ -135,7 +136,9 @@ def plot_curves(log_history: list[dict], path: Path) -> None:
         for key, label in series:
             points = [(row["step"], row[key]) for row in log_history if key in row]
             if points:
-                axis.plot(*zip(*points, strict=True), marker=".", label=label)
+                # Two points are a before and an after, not a course.
+                style = "--" if len(points) == 2 else "-"
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linestyle=style, label=label)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=9)
         axis.tick_params(labelsize=8)

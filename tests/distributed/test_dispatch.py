@@ -114,7 +114,7 @@ def on_rank(rank: int, world_size: int) -> tuple[list[str], dict]:
 
 @pytest.fixture(scope="module", params=[2, 4], ids="{}-ranks".format)
 def results(request):
-    return run_distributed(on_rank, request.param)
+    return run_distributed(on_rank, request.param, timeout_s=300)
 
 
 @pytest.fixture
