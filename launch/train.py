@@ -30,6 +30,8 @@ DEMO_DEFAULTS = {
     "lr_scheduler_kwargs": '{"num_decay_steps": 16}',
     "warmup_steps": 4,
     "lora_dropout": 0.0,
+    # Half the default: the embedded model is 576 wide, the paper's are 2048 and 3072.
+    "lambda_hidden_size": 128,
     "sparsity_loss_weight": 2.0,
     "target_num_experts": 2,
     "save_strategy": "no",
