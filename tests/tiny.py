@@ -55,7 +55,7 @@ def wake_experts(model: LDMoLEModel, *, idle_expert: int | None = 3, std: float 
         if group.gate is not None:
             group.gate.mul_(4.0)
     gate = model.input_groups[0].gate
-    if idle_expert is not None and gate is not None:
+    if idle_expert is not None and gate is not None and gate.shape[1] > idle_expert:
         # Logit 0 beside three pairs of opposite logits of spread 9: one of each pair is positive, and together they
         # exceed 1 - lambda, which leaves no weight for the idle expert.
         gate.mul_(4.0)

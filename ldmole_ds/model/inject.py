@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from ldmole_ds.config import LDMoLEConfig
-from ldmole_ds.distributed import CommStats, build_dispatcher, expert_parallel
+from ldmole_ds.distributed import CommStats, ExpertParallel, build_dispatcher, expert_parallel
 from ldmole_ds.layers import AdaptedLinear, InputGroup, LambdaMLP, build_router
 from ldmole_ds.layers.context import ContextHolder
 from ldmole_ds.layers.input_group import seeded_generator
 from ldmole_ds.model.grouping import find_input_groups
+from ldmole_ds.model.layer_experts import expert_counts
 from ldmole_ds.model.ldmole_model import LDMoLEModel
 from ldmole_ds.model.targets import find_targets, linear_features
 
@@ -52,18 +53,18 @@ def get_ldmole_model(
             f"num_experts={config.num_experts} is not divisible by ep_size={ep_size}: change --num_experts, or use an "
             f"--ep_size among {[p for p in range(1, config.num_experts + 1) if config.num_experts % p == 0]}"
         )
-    if topology.ep_size > 1 and not topology.partitions(config.num_experts):
-        logger.warning("%d experts per layer stay replicated on all ranks: ep_size has no effect", config.num_experts)
     targets = find_targets(base_model, config.target_modules, config.modules_to_save)
     groups = _checked_groups(config, targets) or find_input_groups(base_model, targets, config.input_groups)
     config = dataclasses.replace(config, projection_groups=copy.deepcopy(groups))
+    experts_of = expert_counts(config, [members[0] for members in groups])
+    _tell_replicated(topology, experts_of)
 
-    if config.sparsity_loss_weight and config.router != "sparsegen":
+    if config.sparsity_loss_weight and config.router not in ("sparsegen", "relu"):
         logger.warning("sparsity_loss_weight has no effect on router %s, which has no learned lambda", config.router)
     base_model.requires_grad_(False)
     holder, stats = ContextHolder(), CommStats()
     router = build_router(config.router, fixed_lambda=config.fixed_lambda, topk=config.topk)
-    dispatcher = build_dispatcher(topology, config.num_experts, expert_dispatch, stats)
+    dispatchers = {n: build_dispatcher(topology, n, expert_dispatch, stats) for n in set(experts_of.values())}
     lambda_mlps: dict[str, LambdaMLP] = {}
     input_groups = []
     for members in groups:
@@ -71,7 +72,7 @@ def get_ldmole_model(
         in_features, out_features = features[0][0], [f[1] for f in features]
         weight = targets[members[0]].weight
         dtype = getattr(torch, config.adapter_dtype) if config.adapter_dtype else weight.dtype
-        name = _group_name(members)
+        name, num_experts = _group_name(members), experts_of[members[0]]
         lambda_mlp = None
         if router.uses_lambda:
             shared = config.lambda_sharing == "shared"
@@ -91,7 +92,7 @@ def get_ldmole_model(
             members=members,
             in_features=in_features,
             out_features=out_features,
-            num_experts=config.num_experts,
+            num_experts=num_experts,
             r=config.r,
             scaling=config.scaling,
             dropout=config.lora_dropout,
@@ -99,7 +100,7 @@ def get_ldmole_model(
             lambda_mlp=lambda_mlp,
             owns_lambda_mlp=config.lambda_sharing == "per_layer",
             topology=topology,
-            dispatcher=dispatcher,
+            dispatcher=dispatchers[num_experts],
             holder=holder,
             mask_padding=config.mask_padding,
             seed=seed,
@@ -112,6 +113,20 @@ def get_ldmole_model(
     _train_in_full(base_model, config.modules_to_save)
     shared_mlps = lambda_mlps if config.lambda_sharing == "shared" else {}
     return LDMoLEModel(base_model, config, input_groups, shared_mlps, topology, holder, stats, expert_dispatch)
+
+
+def _tell_replicated(topology: ExpertParallel, experts_of: dict[str, int]) -> None:
+    """Say which layers expert parallelism leaves whole on every rank."""
+    whole = sorted({n for n in experts_of.values() if topology.ep_size > 1 and not topology.partitions(n)})
+    if whole:
+        layers = sum(n in whole for n in experts_of.values())
+        logger.warning(
+            "%d of %d input groups have %s experts, which ep_size=%d does not divide: replicated on all ranks",
+            layers,
+            len(experts_of),
+            " or ".join(map(str, whole)),
+            topology.ep_size,
+        )
 
 
 def _checked_groups(config: LDMoLEConfig, targets: dict[str, nn.Module]) -> list[list[str]] | None:

@@ -20,6 +20,7 @@ from ldmole_ds.distributed import CommStats, ExpertParallel
 from ldmole_ds.layers import AdaptedLinear, ForwardContext, InputGroup, LambdaMLP
 from ldmole_ds.layers.context import ContextHolder
 from ldmole_ds.model import adapter_io, reference_adapter
+from ldmole_ds.model.adaptive_l1 import AdaptiveL1
 from ldmole_ds.model.aux_losses import Normalizer, RoutingBatch, auxiliary_losses
 from ldmole_ds.model.routing_stats import RoutingStatistics
 
@@ -39,6 +40,7 @@ class LDMoLEModel(nn.Module):
         topology: The expert-parallel layout.
         comm_stats: Calls, rows and bytes of the expert-parallel collectives so far.
         routing: Routing statistics since the last reset.
+        adaptive_l1: Control of the L1 loss of router relu, else None.
     """
 
     def __init__(
@@ -59,6 +61,10 @@ class LDMoLEModel(nn.Module):
         self.lambda_mlps = nn.ModuleDict(lambda_mlps)
         self.topology, self.comm_stats, self.expert_dispatch = topology, comm_stats, expert_dispatch
         self.routing = RoutingStatistics({g.name: g.members for g in input_groups})
+        self.adaptive_l1: AdaptiveL1 | None = None
+        if adapter_config.router == "relu":
+            control = (adapter_config.l1_initial_weight, adapter_config.l1_growth, adapter_config.target_num_experts)
+            self.adaptive_l1 = AdaptiveL1(*control, device=self._loss_device())
         self._holder = holder
         base_model.register_forward_pre_hook(self._open_context, with_kwargs=True)
         base_model.register_forward_hook(self._close_context, always_call=True)
@@ -118,6 +124,7 @@ class LDMoLEModel(nn.Module):
             target_num_experts=config.target_num_experts,
             mask_padding=config.mask_padding,
             device=self._loss_device(),
+            adaptive_l1=self.adaptive_l1,
         )
         return self._add_losses(outputs, losses)
 
@@ -140,11 +147,15 @@ class LDMoLEModel(nn.Module):
         return (outputs[0] + self.weighted(losses), *outputs[1:])
 
     def weighted(self, losses: dict[str, Tensor]) -> Tensor:
-        """The sum of the auxiliary losses, weighted as configured."""
-        config = self.adapter_config
+        """The sum of the auxiliary losses, weighted as configured.
+
+        Router relu: the L1 loss has the weight that its control found, and does the balancing as well. The balance loss
+        assumes weights that sum to 1; on others it would be a second L1 loss.
+        """
+        config, l1 = self.adapter_config, self.adaptive_l1
         weights = {
-            "sparsity": config.sparsity_loss_weight,
-            "load_balancing": config.load_balancing_loss_weight,
+            "sparsity": config.sparsity_loss_weight if l1 is None else l1.weight,
+            "load_balancing": config.load_balancing_loss_weight if l1 is None else 0.0,
             "router_z": config.router_z_loss_weight,
         }
         return sum(weight * losses[name] for name, weight in weights.items())
