@@ -16,7 +16,7 @@ BALANCE_STATISTICS = ("global", "per_rank")
 INPUT_GROUP_MODES = ("auto", "single")
 ADAPTER_DTYPES = (None, "float32", "bfloat16", "float16")
 LOSS_WEIGHTS = ("sparsity_loss_weight", "load_balancing_loss_weight", "router_z_loss_weight")
-EXPERT_DISPATCH = ("tokens", "weights")
+EXPERT_DISPATCH = ("tokens", "weights", "auto")
 
 # Settings that differ from the defaults, by name. The defaults themselves are the authors' released run.
 PRESETS: dict[str, dict[str, Any]] = {

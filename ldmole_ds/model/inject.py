@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from ldmole_ds.config import LDMoLEConfig
-from ldmole_ds.distributed import CommStats, ExpertParallel, build_dispatcher, expert_parallel
+from ldmole_ds.distributed import CommStats, ExpertParallel, expert_parallel
 from ldmole_ds.layers import AdaptedLinear, InputGroup, LambdaMLP, build_router
 from ldmole_ds.layers.context import ContextHolder
 from ldmole_ds.layers.input_group import seeded_generator
+from ldmole_ds.model.dispatch_plan import DispatchSettings, GroupShape, plan_dispatch
 from ldmole_ds.model.grouping import find_input_groups
 from ldmole_ds.model.layer_experts import expert_counts
 from ldmole_ds.model.ldmole_model import LDMoLEModel
@@ -28,6 +29,10 @@ def get_ldmole_model(
     seed: int = 0,
     ep_size: int = 1,
     expert_dispatch: str = "tokens",
+    *,
+    dispatch_chunk_tokens: int = 0,
+    tokens_per_rank: int = 4096,
+    accumulation_steps: int = 1,
 ) -> LDMoLEModel:
     """Give a Hugging Face model LoRA experts (in place) and wrap it.
 
@@ -39,7 +44,12 @@ def get_ldmole_model(
         config: The adapter; defaults to `LDMoLEConfig()`.
         seed: Of the adapter's start.
         ep_size: Ranks that share one copy of all experts; above 1 it needs an initialised process group.
-        expert_dispatch: ``tokens`` moves tokens to experts, ``weights`` gathers experts; equal results.
+        expert_dispatch: ``tokens`` moves tokens to experts, ``weights`` gathers experts, ``auto`` chooses for each
+            input group; equal results.
+        dispatch_chunk_tokens: Dispatch at most so many tokens of a rank at once, which bounds memory under any skew; 0
+            is all.
+        tokens_per_rank: Tokens of one micro-step on one rank, for ``auto``.
+        accumulation_steps: Micro-steps per optimizer step, for ``auto``.
 
     Raises:
         ValueError: ``ep_size`` does not divide ranks or experts, or no target module matches.
@@ -64,15 +74,25 @@ def get_ldmole_model(
     base_model.requires_grad_(False)
     holder, stats = ContextHolder(), CommStats()
     router = build_router(config.router, fixed_lambda=config.fixed_lambda, topk=config.topk)
-    dispatchers = {n: build_dispatcher(topology, n, expert_dispatch, stats) for n in set(experts_of.values())}
-    lambda_mlps: dict[str, LambdaMLP] = {}
-    input_groups = []
+    shapes = []
     for members in groups:
         features = [linear_features(targets[name]) for name in members]
-        in_features, out_features = features[0][0], [f[1] for f in features]
-        weight = targets[members[0]].weight
-        dtype = getattr(torch, config.adapter_dtype) if config.adapter_dtype else weight.dtype
-        name, num_experts = _group_name(members), experts_of[members[0]]
+        shapes.append(GroupShape(experts_of[members[0]], features[0][0], [f[1] for f in features]))
+    first = targets[groups[0][0]].weight
+    dispatchers, dispatch_text = plan_dispatch(
+        DispatchSettings(expert_dispatch, dispatch_chunk_tokens, tokens_per_rank, accumulation_steps),
+        shapes,
+        config,
+        topology,
+        stats,
+        itemsize=_adapter_dtype(config, first).itemsize,
+        device=first.device,
+    )
+    lambda_mlps: dict[str, LambdaMLP] = {}
+    input_groups = []
+    for members, shape, dispatcher in zip(groups, shapes, dispatchers, strict=True):
+        in_features, name, weight = shape.in_features, _group_name(members), targets[members[0]].weight
+        dtype = _adapter_dtype(config, weight)
         lambda_mlp = None
         if router.uses_lambda:
             shared = config.lambda_sharing == "shared"
@@ -91,8 +111,8 @@ def get_ldmole_model(
             name=name,
             members=members,
             in_features=in_features,
-            out_features=out_features,
-            num_experts=num_experts,
+            out_features=shape.out_features,
+            num_experts=shape.num_experts,
             r=config.r,
             scaling=config.scaling,
             dropout=config.lora_dropout,
@@ -100,7 +120,7 @@ def get_ldmole_model(
             lambda_mlp=lambda_mlp,
             owns_lambda_mlp=config.lambda_sharing == "per_layer",
             topology=topology,
-            dispatcher=dispatchers[num_experts],
+            dispatcher=dispatcher,
             holder=holder,
             mask_padding=config.mask_padding,
             seed=seed,
@@ -112,7 +132,11 @@ def get_ldmole_model(
             _replace(base_model, path, AdaptedLinear(targets[path], group, member))
     _train_in_full(base_model, config.modules_to_save)
     shared_mlps = lambda_mlps if config.lambda_sharing == "shared" else {}
-    return LDMoLEModel(base_model, config, input_groups, shared_mlps, topology, holder, stats, expert_dispatch)
+    return LDMoLEModel(base_model, config, input_groups, shared_mlps, topology, holder, stats, dispatch_text)
+
+
+def _adapter_dtype(config: LDMoLEConfig, weight: torch.Tensor) -> torch.dtype:
+    return getattr(torch, config.adapter_dtype) if config.adapter_dtype else weight.dtype
 
 
 def _tell_replicated(topology: ExpertParallel, experts_of: dict[str, int]) -> None:
