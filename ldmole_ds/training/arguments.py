@@ -1,4 +1,4 @@
-"""The command line: five groups of settings, from flags, from a YAML or JSON file, or both.
+"""The command line: six groups of settings, from flags, from a YAML or JSON file, or both.
 
 Adapter settings are generated from `LDMoLEConfig`, so that no key is written down twice; training settings are
 Hugging Face's own `TrainingArguments`.
@@ -16,6 +16,7 @@ from pathlib import Path
 from transformers import HfArgumentParser, TrainingArguments
 
 from ldmole_ds.config import EXPERT_DISPATCH, PRESETS, LDMoLEConfig
+from ldmole_ds.training.batch import BatchArguments
 from ldmole_ds.training.runtime import UserError
 from ldmole_ds.training.settings_file import as_argv, read_settings_file
 
@@ -92,8 +93,12 @@ class LayoutArguments:
     )
     expert_dispatch: str = _field(
         "tokens",
-        "tokens: tokens travel to the experts (all-to-all). weights: experts are gathered to the tokens. Same results.",
+        "tokens: tokens travel to the experts (all-to-all). weights: experts are gathered to the tokens. auto: the "
+        "faster one, by sizes and a measurement of the link. Same results.",
         choices=EXPERT_DISPATCH,
+    )
+    dispatch_chunk_tokens: int = _field(
+        0, "Dispatch at most so many tokens of a rank at once, which bounds memory under any skew. 0: all at once."
     )
     overwrite_output_dir: bool = _field(False, "Write into an output folder that already holds a run.")
 
@@ -163,7 +168,7 @@ USAGE = """%(prog)s [run.yaml] [--flag value ...]
 def build_parser(*, all_flags: bool = False) -> HfArgumentParser:
     """The parser; with ``all_flags`` its help lists every TrainingArguments flag."""
     parser = HfArgumentParser(
-        (ModelArguments, DataArguments, AdapterArguments, LayoutArguments, LDMoLETrainingArguments),
+        (ModelArguments, DataArguments, AdapterArguments, LayoutArguments, BatchArguments, LDMoLETrainingArguments),
         prog="launch/train.py",
         usage=USAGE,
         formatter_class=_Formatter,
