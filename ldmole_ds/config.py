@@ -18,7 +18,7 @@ ADAPTER_DTYPES = (None, "float32", "bfloat16", "float16")
 LOSS_WEIGHTS = ("sparsity_loss_weight", "load_balancing_loss_weight", "router_z_loss_weight")
 EXPERT_DISPATCH = ("tokens", "weights", "auto")
 
-# Settings that differ from the defaults, by name. The defaults themselves are the authors' released run.
+# Settings that differ from the defaults, by name; docs/method.md compares the defaults with the authors' released run.
 PRESETS: dict[str, dict[str, Any]] = {
     # LD-MoLE (arXiv 2509.25684): best hidden size of the lambda MLP for each of its two models.
     "qwen3-1.7b": {"lambda_hidden_size": 256},
@@ -44,8 +44,9 @@ def _help(default: Any, text: str, **kwargs: Any) -> Any:
 class LDMoLEConfig:
     """What an LD-MoLE adapter is (arXiv 2509.25684), independent of how it is laid out over ranks.
 
-    The defaults are those of the authors' released run, but for ``lambda_init`` (see ``LambdaMLP``). Layout
-    (``ep_size``, ``expert_dispatch``) is not part of the adapter: an adapter trained on eight ranks loads on one.
+    The defaults are those of the authors' released run, but for ``lambda_init`` (see ``LambdaMLP``),
+    ``lambda_hidden_size`` (512 there) and ``mask_padding``. Layout (``ep_size``, ``expert_dispatch``) is not part of
+    the adapter: an adapter trained on eight ranks loads on one.
 
     Raises:
         ValueError: a field has a value that cannot work; the message names the field and the remedy.
