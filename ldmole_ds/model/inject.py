@@ -16,7 +16,7 @@ from ldmole_ds.layers.context import ContextHolder
 from ldmole_ds.layers.input_group import seeded_generator
 from ldmole_ds.model.grouping import find_input_groups
 from ldmole_ds.model.ldmole_model import LDMoLEModel
-from ldmole_ds.model.targets import find_targets, linear_features
+from ldmole_ds.model.targets import find_targets, left_out_modules, linear_features
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +41,17 @@ def get_ldmole_model(
         expert_dispatch: ``tokens`` moves tokens to experts, ``weights`` gathers experts; equal results.
 
     Raises:
-        ValueError: ``ep_size`` does not divide ranks or experts, or no target module matches.
+        ValueError: ``ep_size`` does not divide ranks or experts, no target module matches, or the base model is an
+            encoder-decoder.
     """
     config = config or LDMoLEConfig()
     if isinstance(base_model, LDMoLEModel) or any(isinstance(m, AdaptedLinear) for m in base_model.modules()):
         raise ValueError("the model already has LD-MoLE experts: pass the bare base model")
+    if getattr(getattr(base_model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(base_model).__name__} is an encoder-decoder model: its two padding masks are not supported yet, "
+            "use a decoder-only or an encoder-only base model"
+        )
     topology = expert_parallel(ep_size)
     if config.router != "lora" and config.num_experts % ep_size:
         raise ValueError(
@@ -55,6 +61,10 @@ def get_ldmole_model(
     if topology.ep_size > 1 and not topology.partitions(config.num_experts):
         logger.warning("%d experts per layer stay replicated on all ranks: ep_size has no effect", config.num_experts)
     targets = find_targets(base_model, config.target_modules, config.modules_to_save)
+    if config.target_modules == "all-linear" and topology.rank == 0:
+        left_out = left_out_modules(base_model, targets, config.modules_to_save)
+        if left_out:
+            logger.warning("all-linear leaves these parts of the base model alone: %s", "; ".join(left_out))
     groups = _checked_groups(config, targets) or find_input_groups(base_model, targets, config.input_groups)
     config = dataclasses.replace(config, projection_groups=copy.deepcopy(groups))
 

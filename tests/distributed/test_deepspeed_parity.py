@@ -10,22 +10,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldmole_ds.distributed.dispatch import LocalTokenDispatcher
 from ldmole_ds.model.adapter_io import gather_adapter_state
 from ldmole_ds.model.param_groups import ldmole_param_groups
-from ldmole_ds.ops import lora_experts_reference
 from tests.distributed_utils import run_distributed
+from tests.families import DenseDispatcher
 from tests.tiny import ragged_batch, tiny_config, tiny_model
 
 STEPS, LR, CLIP, WEIGHT_DECAY, TOLERANCE = 5, 1e-3, 0.05, 0.01, 1e-5
 ROWS_OF_RANK = {1: [8], 2: [5, 3], 4: [3, 1, 2, 2]}
-
-
-class DenseDispatcher(LocalTokenDispatcher):
-    """Every expert's output of every token, by einsum."""
-
-    def run(self, x_TD, probs_TGE, experts, layer):
-        return lora_experts_reference(x_TD, probs_TGE, experts.lora_A, experts.lora_B, experts.scaling)
 
 
 def _inputs(step: int) -> tuple[dict, int, int]:
