@@ -68,6 +68,7 @@ class LDMoLEModel(nn.Module):
             ignored = list(getattr(config, "keys_to_ignore_at_inference", None) or ["past_key_values"])
             config.keys_to_ignore_at_inference = [*ignored, *({"aux_losses"} - set(ignored))]
 
+    @torch.compiler.disable(recursive=False)  # torch.compile takes the base model; what is around it depends on data
     def forward(
         self,
         *args: Any,
@@ -92,13 +93,29 @@ class LDMoLEModel(nn.Module):
         Raises:
             FloatingPointError: Non-finite routing, on every rank, naming the layer.
         """
-        bound = self._bind(args, kwargs)
-        context = ForwardContext(padding_mask=_padding_mask(bound.get("attention_mask")))
+        bound, context = self._begin(args, kwargs)
         try:
             with self._holder.use(context):
                 outputs = self.base_model(*args, **kwargs)
         finally:
             self._clear_pending()
+        return self._finish(outputs, context, bound, num_routed_tokens, gradient_accumulation_steps)
+
+    @torch.compiler.disable
+    def _begin(self, args: tuple, kwargs: dict) -> tuple[dict[str, Any], ForwardContext]:
+        bound = self._bind(args, kwargs)
+        return bound, ForwardContext(padding_mask=_padding_mask(bound.get("attention_mask")))
+
+    @torch.compiler.disable
+    def _finish(
+        self,
+        outputs: Any,
+        context: ForwardContext,
+        bound: dict[str, Any],
+        num_routed_tokens: Tensor | float | None,
+        accumulation_steps: int,
+    ) -> Any:
+        """Statistics and auxiliary losses of what the groups recorded."""
         batches = RoutingBatch.collect(context.records)
         self.routing.add(batches, context.records)
         if bound.get("labels") is None:
@@ -111,7 +128,7 @@ class LDMoLEModel(nn.Module):
                 world_size=world_size,
                 factor=1.0 if bound.get("num_items_in_batch") is not None else float(world_size),
                 num_routed_tokens=num_routed_tokens,
-                accumulation_steps=gradient_accumulation_steps,
+                accumulation_steps=accumulation_steps,
                 global_statistics=config.balance_statistics == "global",
                 reduce=reduce,
             ),
@@ -269,6 +286,7 @@ def _padding_mask(attention_mask: Any) -> Tensor | None:
 def _adopt_signature(model: LDMoLEModel, base_model: nn.Module) -> None:
     """``inspect.signature(model.forward)`` is that of the base model: the Trainer reads it to keep columns."""
 
+    @torch.compiler.disable(recursive=False)
     def forward(self: LDMoLEModel, *args: Any, **kwargs: Any) -> Any:
         return LDMoLEModel.forward(self, *args, **kwargs)
 
