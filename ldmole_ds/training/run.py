@@ -160,12 +160,6 @@ def build_model(base: Any, config: LDMoLEConfig, settings: dict[str, Any]) -> LD
     """The wrapped model in the run's layout; adapters are float32 unless the engine is bf16 or fp16."""
     training, source = settings["training"], settings["model"]
     engine_dtype = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
-    if config.adapter_dtype not in (None, engine_dtype) and engine_dtype != "float32":
-        flag = "--bf16" if training.bf16 else "--fp16"
-        raise ValueError(
-            f"--adapter_dtype {config.adapter_dtype} under {flag}: the engine casts every parameter; for float32 "
-            f"adapters on a half-precision base leave out {flag} and load the base with --dtype bfloat16"
-        )
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     ep_size = resolve_ep_size(settings["layout"].ep_size, config.num_experts, world_size, ranks_per_node)

@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_pt_utils import get_parameter_names
+from transformers.utils import find_labels
 
 from ldmole_ds.distributed import deepspeed_groups
 from ldmole_ds.model import LDMoLEModel
@@ -38,6 +40,14 @@ class LDMoLETrainer(Trainer):
         self._engine = None
         super().__init__(model, *args, **kwargs)
         self.single_token_choices = single_token_choices
+        # The Trainer looks at our class, which names no labels, and takes every forward with **kwargs for one that
+        # hands num_items_in_batch to its loss. Losses other than the causal one are means over their micro-batch.
+        if self.args.label_names is None:
+            self.label_names = find_labels(type(model.base_model))
+        # The Trainer's own name: it counts shifted labels by it. It goes by loss_type, which GPT-2 has none of.
+        self._loss_shifts_labels = getattr(model, "loss_function", None) is ForCausalLMLoss
+        if not hasattr(model, "accepts_loss_kwargs"):
+            self.model_accepts_loss_kwargs &= self._loss_shifts_labels
         self._window: dict[str, Any] = {"tokens": 0, "start": time.perf_counter(), "losses": {}, "step": 0}
         self.tokens_timed, self.train_seconds = 0, 0.0
         self._check_layout(model)
@@ -53,6 +63,13 @@ class LDMoLETrainer(Trainer):
 
     def _check_layout(self, model: LDMoLEModel) -> None:
         partitioned = any(group.partitioned for group in model.input_groups)
+        flag, engine = ("bf16", "bfloat16") if self.args.bf16 else ("fp16", "float16")
+        asked = model.adapter_config.adapter_dtype
+        if self._zero_stage is not None and getattr(self.args, flag) and asked not in (None, engine):
+            raise ValueError(
+                f"adapter_dtype={asked} under --{flag}: DeepSpeed's {flag} engine casts every parameter; for {asked} "
+                f"adapters on a half-precision base leave out --{flag} and load the base with --dtype bfloat16"
+            )
         if not self.args.average_tokens_across_devices:
             raise ValueError("--average_tokens_across_devices False would weight ranks unequally: leave it on")
         if partitioned and self._zero_stage is None:
@@ -144,10 +161,11 @@ class LDMoLETrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _smoothing(self, logits: Tensor, labels: Tensor, num_items: Tensor | None) -> Tensor:
-        """What label smoothing adds to the cross-entropy: ``epsilon (mean_v -log p_v - (-log p_label))``, shifted."""
-        logits, labels = logits[:, :-1].float(), labels[:, 1:]
+        """What label smoothing adds to the cross-entropy: ``epsilon (mean_v -log p_v - (-log p_label))``."""
+        if self._loss_shifts_labels:
+            logits, labels = logits[:, :-1], labels[:, 1:]
         valid = labels.ne(-100)
-        log_probs = F.log_softmax(logits[valid], dim=-1)
+        log_probs = F.log_softmax(logits[valid].float(), dim=-1)
         nll = -log_probs.gather(-1, labels[valid].unsqueeze(-1)).sum()
         uniform = -log_probs.mean(-1).sum()
         count = valid.sum() if num_items is None else num_items
@@ -163,7 +181,9 @@ class LDMoLETrainer(Trainer):
         return inputs
 
     def _note_losses(self, outputs, num_items: Tensor | None) -> None:
-        scale = self.accelerator.num_processes if num_items is not None else 1
+        # Each value becomes this rank's share of the step's: a share of the global sum, or of the micro-steps' mean.
+        accumulation = self.current_gradient_accumulation_steps
+        scale = self.accelerator.num_processes if num_items is not None else 1 / accumulation
         sums, aux = self._window["losses"], outputs["aux_losses"]
         with torch.no_grad():
             cross_entropy = outputs["loss"] - self.model.weighted(aux)
