@@ -161,12 +161,14 @@ class InputGroup(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """``(..., D) -> G updates (..., O_g)`` in the dtype of ``x``."""
         context = self._context()
-        x_TD = x.reshape(-1, self.in_features).to(self.lora_A.dtype)
-        if self.dropout and self.training:
-            x_TD = F.dropout(x_TD, self.dropout)
-        probs_TGE = self._route(x_TD, context.token_mask(x), context)
-        experts = ExpertWeights(self.lora_A, list(self.lora_B), self.scaling)
-        y_TO = self.dispatcher.run(x_TD, probs_TGE, experts, self.name)
+        # Autocast would compute the router in half precision and mix the dtypes of the experts' products.
+        with torch.autocast(x.device.type, enabled=False):
+            x_TD = x.reshape(-1, self.in_features).to(self.lora_A.dtype)
+            if self.dropout and self.training:
+                x_TD = F.dropout(x_TD, self.dropout)
+            probs_TGE = self._route(x_TD, context.token_mask(x), context)
+            experts = ExpertWeights(self.lora_A, list(self.lora_B), self.scaling)
+            y_TO = self.dispatcher.run(x_TD, probs_TGE, experts, self.name)
         y = y_TO.to(x.dtype).view(*x.shape[:-1], y_TO.shape[-1])
         return y.split(self.out_features, dim=-1)
 
