@@ -23,6 +23,11 @@ from ldmole_ds.model import adapter_io, reference_adapter
 from ldmole_ds.model.aux_losses import Normalizer, RoutingBatch, auxiliary_losses
 from ldmole_ds.model.routing_stats import RoutingStatistics
 
+REENTRANT_REFUSED = (
+    "reentrant checkpointing loses the auxiliary losses' graph: pass use_reentrant=False "
+    "(--activation_checkpointing_kwargs '{\"use_reentrant\": false}')"
+)
+
 
 class LDMoLEModel(nn.Module):
     """A model with LoRA experts; made by `get_ldmole_model` or `from_pretrained`, not directly.
@@ -205,10 +210,7 @@ class LDMoLEModel(nn.Module):
         """
         options = dict(activation_checkpointing_kwargs or {})
         if options.setdefault("use_reentrant", False):
-            raise ValueError(
-                "reentrant checkpointing loses the auxiliary losses' graph: pass use_reentrant=False "
-                "(--activation_checkpointing_kwargs '{\"use_reentrant\": false}')"
-            )
+            raise ValueError(REENTRANT_REFUSED)
         options["context_fn"] = self._holder.checkpoint_contexts
         if hasattr(self.base_model, "activation_checkpointing_enable"):
             self.base_model.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)

@@ -19,6 +19,7 @@ from transformers.utils import find_labels
 from ldmole_ds.distributed import deepspeed_groups
 from ldmole_ds.model import LDMoLEModel
 from ldmole_ds.model.adapter_io import write_atomically
+from ldmole_ds.model.ldmole_model import REENTRANT_REFUSED
 from ldmole_ds.tasks.scoring import score_candidates
 from ldmole_ds.training.checkpointing import adapt_engine
 
@@ -70,6 +71,8 @@ class LDMoLETrainer(Trainer):
                 f"adapter_dtype={asked} under --{flag}: DeepSpeed's {flag} engine casts every parameter; for {asked} "
                 f"adapters on a half-precision base leave out --{flag} and load the base with --dtype bfloat16"
             )
+        if (getattr(self.args, "activation_checkpointing_kwargs", None) or {}).get("use_reentrant"):
+            raise ValueError(REENTRANT_REFUSED)
         if not self.args.average_tokens_across_devices:
             raise ValueError("--average_tokens_across_devices False would weight ranks unequally: leave it on")
         if partitioned and self._zero_stage is None:

@@ -46,18 +46,22 @@ def dense_run() -> dict:
     return {"losses": losses, "norms": norms, "state": gather_adapter_state(model), "start": start, "idle_load": idle}
 
 
-def deepspeed_run(rank: int, world_size: int, layouts: list[tuple[int, int, str]]) -> list[dict]:
-    """One result per ``(ep_size, stage, expert_dispatch)``."""
+def deepspeed_run(rank: int, world_size: int, layouts: list[tuple]) -> list[dict]:
+    """One result per ``(ep_size, stage, expert_dispatch)``, or with ``True`` at the end under recomputation."""
     return [_deepspeed_layout(rank, world_size, *layout) for layout in layouts]
 
 
-def _deepspeed_layout(rank: int, world_size: int, ep_size: int, stage: int, expert_dispatch: str) -> dict:
+def _deepspeed_layout(
+    rank: int, world_size: int, ep_size: int, stage: int, expert_dispatch: str, recompute: bool = False
+) -> dict:
     import deepspeed
     import torch.distributed as dist
 
     from ldmole_ds.distributed.deepspeed_groups import moe_marker
 
     model = tiny_model(tiny_config(), ep_size=ep_size, expert_dispatch=expert_dispatch)
+    if recompute:
+        model.gradient_checkpointing_enable()
     if ep_size > 1 and stage in (1, 2):
         model.add_module("marker", moe_marker(8, ep_size))
     optimizer = torch.optim.AdamW(ldmole_param_groups(model, WEIGHT_DECAY), lr=LR)
@@ -119,8 +123,8 @@ def test_the_dense_reference_is_worth_comparing_with(dense):
     ("world_size", "layouts"),
     [
         (1, [(1, 2, "tokens")]),
-        (2, [(1, 2, "tokens"), (2, 2, "tokens"), (2, 2, "weights"), (2, 1, "tokens")]),
-        (2, [(1, 3, "tokens"), (2, 3, "tokens")]),
+        (2, [(1, 2, "tokens"), (2, 2, "tokens"), (2, 2, "weights"), (2, 1, "tokens"), (2, 2, "tokens", True)]),
+        (2, [(1, 3, "tokens"), (2, 3, "tokens"), (2, 3, "tokens", True)]),
         (4, [(4, 2, "tokens"), (2, 2, "tokens"), (2, 3, "tokens")]),
     ],
 )

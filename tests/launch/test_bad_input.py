@@ -54,6 +54,7 @@ def write(folder, text: str):
         ({"label_words": "missing.json"}, r"--label_words missing\.json"),
         ({"router": "topk", "topk": 9}, r"topk=9 is more than num_experts=8"),
         ({"max_length": 1}, r"max_length"),
+        ({"activation_checkpointing_kwargs": '{"use_reentrant": true}'}, r"reentrant.*pass use_reentrant=False"),
     ],
 )
 def test_one_sentence_with_the_remedy(flags, change, message):
