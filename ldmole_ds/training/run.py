@@ -32,7 +32,7 @@ from ldmole_ds.training.arguments import (
 )
 from ldmole_ds.training.callbacks import GroupTimeoutCallback
 from ldmole_ds.training.data import ChoiceData, load_choice_data
-from ldmole_ds.training.ds_config import check_ds_config, read_ds_config
+from ldmole_ds.training.ds_config import check_ds_config, check_precision, read_ds_config
 from ldmole_ds.training.run_record import SETTINGS_NAME, check_output_folder, run_settings, write_json
 from ldmole_ds.training.runtime import UserError, agreed, is_main_process
 from ldmole_ds.training.trainer import LDMoLETrainer
@@ -64,7 +64,9 @@ def train(flags: Namespace) -> None:
     try:
         config = adapter_config(flags)
         if flags.deepspeed:
-            check_ds_config(read_ds_config(flags.deepspeed), flags.deepspeed)
+            ds_config = read_ds_config(flags.deepspeed)
+            check_ds_config(ds_config, flags.deepspeed)
+            check_precision(ds_config, flags.deepspeed, bf16=flags.bf16, fp16=flags.fp16)
     except ValueError as error:
         raise UserError(f"--{error}") from error
     device = runtime.start(use_deepspeed=bool(flags.deepspeed), timeout_s=int(flags.ddp_timeout))

@@ -96,6 +96,13 @@ def test_unsupported_deepspeed_settings_are_refused(flags, tmp_path, setting, na
         train(parse_flags(argv({**flags, "deepspeed": path})))
 
 
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_an_engine_in_half_precision_is_asked_for_twice(flags, name):
+    flags = {**flags, "deepspeed": f"ds_configs/zero2_{name}.json", "adapter_dtype": "float32"}
+    with pytest.raises(UserError, match=rf"zero2_{name}\.json enables {name}: add --{name}, or, .*--dtype bfloat16"):
+        train(parse_flags(argv(flags)))
+
+
 def test_unknown_flags_and_settings_are_refused(tmp_path):
     with pytest.raises(UserError, match="unknown argument --lora_r 8"):
         parse_flags(["--lora_r", "8"])

@@ -95,6 +95,8 @@ def test_targets_by_list_and_by_regular_expression():
     ]
     by_pattern = find_targets(model, r"model\.layers\.1\..*_proj")
     assert len(by_pattern) == 7 and all(name.startswith("model.layers.1.") for name in by_pattern)
+    assert list(find_targets(build("gpt2"), ["c_attn"])) == [f"transformer.h.{i}.attn.c_attn" for i in (0, 1)]
+    assert list(find_targets(build("gpt2"), r".*\.1\.mlp\.c_fc")) == ["transformer.h.1.mlp.c_fc"]
     # An ending is a whole name, not a part of one.
     with pytest.raises(ValueError, match="match no linear layer"):
         find_targets(model, ["proj"])
