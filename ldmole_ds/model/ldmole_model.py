@@ -199,7 +199,7 @@ class LDMoLEModel(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any
     ) -> None:
-        """Trade compute for memory. Non-reentrant only, which is the default here.
+        """Trade compute for memory. Non-reentrant only, which is the default here; not under ``torch.compile``.
 
         Args:
             activation_checkpointing_kwargs: For ``torch.utils.checkpoint.checkpoint``.

@@ -73,6 +73,11 @@ class LDMoLETrainer(Trainer):
             )
         if (getattr(self.args, "activation_checkpointing_kwargs", None) or {}).get("use_reentrant"):
             raise ValueError(REENTRANT_REFUSED)
+        if self.args.torch_compile and (partitioned or getattr(self.args, "activation_checkpointing", False)):
+            raise ValueError(
+                "--torch_compile can trace neither the exchange of tokens between ranks nor activation checkpointing: "
+                "leave it out, or use --ep_size 1 without --activation_checkpointing"
+            )
         if not self.args.average_tokens_across_devices:
             raise ValueError("--average_tokens_across_devices False would weight ranks unequally: leave it on")
         if partitioned and self._zero_stage is None:

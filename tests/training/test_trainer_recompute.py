@@ -39,3 +39,8 @@ def test_training_evaluation_and_training_on_are_those_without(tmp_path):
 def test_reentrant_checkpointing_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="pass use_reentrant=False"):
         trained(tmp_path, activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True})
+
+
+def test_recomputation_and_compilation_exclude_each_other(tmp_path):
+    with pytest.raises(ValueError, match="--torch_compile can trace neither.*activation_checkpointing"):
+        trained(tmp_path, activation_checkpointing=True, torch_compile=True)
