@@ -19,9 +19,9 @@ from transformers.utils import find_labels
 from ldmole_ds.distributed import deepspeed_groups
 from ldmole_ds.model import LDMoLEModel
 from ldmole_ds.model.adapter_io import write_atomically
-from ldmole_ds.model.ldmole_model import REENTRANT_REFUSED
 from ldmole_ds.tasks.scoring import score_candidates
 from ldmole_ds.training.checkpointing import adapt_engine
+from ldmole_ds.training.checks import check_trainable
 
 _CHOICE_FIELDS = ("candidate_ids", "gold", "prompt_length")
 
@@ -51,7 +51,7 @@ class LDMoLETrainer(Trainer):
             self.model_accepts_loss_kwargs &= self._loss_shifts_labels
         self._window: dict[str, Any] = {"tokens": 0, "start": time.perf_counter(), "losses": {}, "step": 0}
         self.tokens_timed, self.train_seconds = 0, 0.0
-        self._check_layout(model)
+        check_trainable(model, self.args, self._zero_stage)
         if self._zero_stage in (1, 2) and model.topology.ep_size > 1 and not hasattr(model, "expert_parallel_marker"):
             marker = deepspeed_groups.moe_marker(model.adapter_config.num_experts, model.topology.ep_size)
             model.add_module("expert_parallel_marker", marker)
@@ -61,35 +61,6 @@ class LDMoLETrainer(Trainer):
         """ZeRO stage of the DeepSpeed config, None without DeepSpeed."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         return plugin.zero_stage if self.is_deepspeed_enabled and plugin is not None else None
-
-    def _check_layout(self, model: LDMoLEModel) -> None:
-        partitioned = any(group.partitioned for group in model.input_groups)
-        flag, engine = ("bf16", "bfloat16") if self.args.bf16 else ("fp16", "float16")
-        asked = model.adapter_config.adapter_dtype
-        if self._zero_stage is not None and getattr(self.args, flag) and asked not in (None, engine):
-            raise ValueError(
-                f"adapter_dtype={asked} under --{flag}: DeepSpeed's {flag} engine casts every parameter; for {asked} "
-                f"adapters on a half-precision base leave out --{flag} and load the base with --dtype bfloat16"
-            )
-        if (getattr(self.args, "activation_checkpointing_kwargs", None) or {}).get("use_reentrant"):
-            raise ValueError(REENTRANT_REFUSED)
-        if self.args.torch_compile and (partitioned or getattr(self.args, "activation_checkpointing", False)):
-            raise ValueError(
-                "--torch_compile can trace neither the exchange of tokens between ranks nor activation checkpointing: "
-                "leave it out, or use --ep_size 1 without --activation_checkpointing"
-            )
-        if not self.args.average_tokens_across_devices:
-            raise ValueError("--average_tokens_across_devices False would weight ranks unequally: leave it on")
-        if partitioned and self._zero_stage is None:
-            raise ValueError(
-                f"ep_size={model.topology.ep_size} needs DeepSpeed, which knows which gradients not to average: add "
-                "--deepspeed ds_configs/zero2.json, or use --ep_size 1"
-            )
-        if partitioned and self._zero_stage == 0:
-            raise ValueError(
-                f"ep_size={model.topology.ep_size} with ZeRO stage 0 would clip gradients wrongly and lose experts on "
-                "save: use ds_configs/zero1.json or higher, or --ep_size 1"
-            )
 
     @property
     def deepspeed(self) -> Any:
