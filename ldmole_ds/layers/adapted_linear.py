@@ -29,7 +29,8 @@ class AdaptedLinear(nn.Module):
         if not self.enabled:
             return self.base_layer(x)
         update = self.group.output_of(self.member, x)
-        return self.base_layer(x) + update
+        y = self.base_layer(x)
+        return y + update.to(y.dtype)  # they differ under autocast only
 
     @property
     def weight(self) -> Tensor:

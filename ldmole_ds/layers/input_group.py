@@ -36,7 +36,10 @@ def seeded_generator(seed: int, *names: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
 
 
-def _memory_key(x: Tensor) -> tuple:
+def _memory_key(x: Tensor) -> tuple | None:
+    """Equal for the same memory in the same version; None while ``torch.compile`` traces, which cannot look at it."""
+    if torch.compiler.is_compiling():
+        return None
     version = -1 if x.is_inference() else x._version
     grad_mode = torch.is_grad_enabled()
     return (x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride(), x.dtype, version, grad_mode)
@@ -47,7 +50,7 @@ class _Pending:
     """A result whose members have not all taken their slice: the input is kept alive, and its memory's key."""
 
     x: Tensor
-    key: tuple
+    key: tuple | None
     outputs: tuple[Tensor, ...]
     waiting: set[int]
 
@@ -139,7 +142,8 @@ class InputGroup(nn.Module):
             if len(self.members) > 1:
                 self._pending = _Pending(x, _memory_key(x), outputs, set(range(len(self.members))) - {member})
             return outputs[member]
-        if member not in pending.waiting or (not torch.compiler.is_compiling() and pending.key != _memory_key(x)):
+        keys = {pending.key, _memory_key(x)}
+        if member not in pending.waiting or (len(keys) > 1 and None not in keys):
             self._pending = None
             raise RuntimeError(
                 f"{self.members[member]} was called on another input than {self.members[0]}, although both were found "
@@ -157,12 +161,14 @@ class InputGroup(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """``(..., D) -> G updates (..., O_g)`` in the dtype of ``x``."""
         context = self._context()
-        x_TD = x.reshape(-1, self.in_features).to(self.lora_A.dtype)
-        if self.dropout and self.training:
-            x_TD = F.dropout(x_TD, self.dropout)
-        probs_TGE = self._route(x_TD, context.token_mask(x), context)
-        experts = ExpertWeights(self.lora_A, list(self.lora_B), self.scaling)
-        y_TO = self.dispatcher.run(x_TD, probs_TGE, experts, self.name)
+        # Autocast would compute the router in half precision and mix the dtypes of the experts' products.
+        with torch.autocast(x.device.type, enabled=False):
+            x_TD = x.reshape(-1, self.in_features).to(self.lora_A.dtype)
+            if self.dropout and self.training:
+                x_TD = F.dropout(x_TD, self.dropout)
+            probs_TGE = self._route(x_TD, context.token_mask(x), context)
+            experts = ExpertWeights(self.lora_A, list(self.lora_B), self.scaling)
+            y_TO = self.dispatcher.run(x_TD, probs_TGE, experts, self.name)
         y = y_TO.to(x.dtype).view(*x.shape[:-1], y_TO.shape[-1])
         return y.split(self.out_features, dim=-1)
 

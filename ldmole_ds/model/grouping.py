@@ -2,8 +2,8 @@
 
 A twin of the model is built on the meta device from its config and called once on two tokens; projections that receive
 the same tensor object form an input group. Nothing is guessed from names, so Phi's and GPT-J's groups, which span
-attention and MLP, are found as well. Where the twin cannot be built or stops half-way (data-dependent routing of MoE
-models), what was seen is carried over to layers of the same shape of name, and everything else stands alone.
+attention and MLP, are found as well. Where the twin stops half-way (a forward that depends on data), what was seen is
+carried over to layers of the same shape of name; where it cannot be built, every projection stands alone.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 def _meta_twin(model: nn.Module) -> nn.Module:
     config = copy.deepcopy(model.config)
     config._attn_implementation = "eager"
+    config._experts_implementation = "batched_mm"  # no shape in it depends on the data
     with torch.device("meta"):
         twin = type(model)(config)
     return twin.eval()
@@ -34,8 +35,6 @@ def _watch(twin: nn.Module, targets: list[str]) -> list[tuple[str, Tensor]]:
         hook = lambda module, args, name=name: seen.append((name, args[0]))  # noqa: E731
         handles.append(twin.get_submodule(name).register_forward_pre_hook(hook))
     inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device="meta")}
-    if getattr(twin.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = inputs["input_ids"]
     try:
         with torch.no_grad():
             twin(**inputs)

@@ -8,6 +8,7 @@ import inspect
 import types
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
@@ -29,6 +30,7 @@ def padding_mask_of(attention_mask: Any) -> Tensor | None:
 def adopt_signature(model: nn.Module, base_model: nn.Module) -> None:
     """``inspect.signature(model.forward)`` is that of the base model: the Trainer reads it to keep columns."""
 
+    @torch.compiler.disable(recursive=False)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return type(self).forward(self, *args, **kwargs)
 

@@ -18,7 +18,7 @@ from ldmole_ds.model.dispatch_plan import DispatchSettings, GroupShape, plan_dis
 from ldmole_ds.model.grouping import find_input_groups
 from ldmole_ds.model.layer_experts import expert_counts
 from ldmole_ds.model.ldmole_model import LDMoLEModel
-from ldmole_ds.model.targets import find_targets, linear_features
+from ldmole_ds.model.targets import find_targets, left_out_modules, linear_features
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +52,17 @@ def get_ldmole_model(
         accumulation_steps: Micro-steps per optimizer step, for ``auto``.
 
     Raises:
-        ValueError: ``ep_size`` does not divide ranks or experts, or no target module matches.
+        ValueError: ``ep_size`` does not divide ranks or experts, no target module matches, or the base model is an
+            encoder-decoder.
     """
     config = config or LDMoLEConfig()
     if isinstance(base_model, LDMoLEModel) or any(isinstance(m, AdaptedLinear) for m in base_model.modules()):
         raise ValueError("the model already has LD-MoLE experts: pass the bare base model")
+    if getattr(getattr(base_model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(base_model).__name__} is an encoder-decoder model: its two padding masks are not supported yet, "
+            "use a decoder-only or an encoder-only base model"
+        )
     topology = expert_parallel(ep_size)
     if config.router != "lora" and config.num_experts % ep_size:
         raise ValueError(
@@ -64,6 +70,10 @@ def get_ldmole_model(
             f"--ep_size among {[p for p in range(1, config.num_experts + 1) if config.num_experts % p == 0]}"
         )
     targets = find_targets(base_model, config.target_modules, config.modules_to_save)
+    if config.target_modules == "all-linear" and topology.rank == 0:
+        left_out = left_out_modules(base_model, targets, config.modules_to_save)
+        if left_out:
+            logger.warning("all-linear leaves these parts of the base model alone: %s", "; ".join(left_out))
     groups = _checked_groups(config, targets) or find_input_groups(base_model, targets, config.input_groups)
     config = dataclasses.replace(config, projection_groups=copy.deepcopy(groups))
     experts_of = expert_counts(config, [members[0] for members in groups])

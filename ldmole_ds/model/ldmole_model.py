@@ -22,6 +22,11 @@ from ldmole_ds.model.aux_losses import Normalizer, RoutingBatch, auxiliary_losse
 from ldmole_ds.model.hf_facade import adopt_signature, padding_mask_of, with_aux_losses
 from ldmole_ds.model.routing_stats import RoutingStatistics
 
+REENTRANT_REFUSED = (
+    "reentrant checkpointing loses the auxiliary losses' graph: pass use_reentrant=False "
+    "(--activation_checkpointing_kwargs '{\"use_reentrant\": false}')"
+)
+
 
 class LDMoLEModel(nn.Module):
     """A model with LoRA experts; made by `get_ldmole_model` or `from_pretrained`, not directly.
@@ -78,6 +83,7 @@ class LDMoLEModel(nn.Module):
             ignored = list(getattr(config, "keys_to_ignore_at_inference", None) or ["past_key_values"])
             config.keys_to_ignore_at_inference = [*ignored, *({"aux_losses"} - set(ignored))]
 
+    @torch.compiler.disable(recursive=False)  # torch.compile takes the base model; what is around it depends on data
     def forward(
         self,
         *args: Any,
@@ -102,14 +108,34 @@ class LDMoLEModel(nn.Module):
         Raises:
             FloatingPointError: Non-finite routing, on every rank, naming the layer.
         """
-        bound = self._bind(args, kwargs)
-        self._begin_pass(gradient_accumulation_steps if self.training else 1)
-        context = ForwardContext(padding_mask=padding_mask_of(bound.get("attention_mask")))
+        bound, context = self._begin(args, kwargs, gradient_accumulation_steps)
         try:
             with self._holder.use(context):
                 outputs = self.base_model(*args, **kwargs)
         finally:
             self._clear_pending()
+        return self._finish(outputs, context, bound, num_routed_tokens, gradient_accumulation_steps)
+
+    @torch.compiler.disable
+    def _begin(self, args: tuple, kwargs: dict, accumulation_steps: int) -> tuple[dict[str, Any], ForwardContext]:
+        """The arguments by name and the pass's context; weights gathered for an earlier micro-step stay or go."""
+        self.comm_stats.step += self.training
+        for dispatcher, groups in self._gathering:
+            experts = {group.name: group.expert_parameters() for group in groups}
+            dispatcher.begin_pass(experts, accumulation_steps if self.training else 1)
+        bound = self._bind(args, kwargs)
+        return bound, ForwardContext(padding_mask=padding_mask_of(bound.get("attention_mask")))
+
+    @torch.compiler.disable
+    def _finish(
+        self,
+        outputs: Any,
+        context: ForwardContext,
+        bound: dict[str, Any],
+        num_routed_tokens: Tensor | float | None,
+        accumulation_steps: int,
+    ) -> Any:
+        """Statistics and auxiliary losses of what the groups recorded."""
         batches = RoutingBatch.collect(context.records)
         self.routing.add(batches, context.records)
         if bound.get("labels") is None:
@@ -122,7 +148,7 @@ class LDMoLEModel(nn.Module):
                 world_size=world_size,
                 factor=1.0 if bound.get("num_items_in_batch") is not None else float(world_size),
                 num_routed_tokens=num_routed_tokens,
-                accumulation_steps=gradient_accumulation_steps,
+                accumulation_steps=accumulation_steps,
                 global_statistics=config.balance_statistics == "global",
                 reduce=reduce,
             ),
@@ -132,12 +158,6 @@ class LDMoLEModel(nn.Module):
             adaptive_l1=self.adaptive_l1,
         )
         return self._add_losses(outputs, losses)
-
-    def _begin_pass(self, accumulation_steps: int) -> None:
-        self.comm_stats.step += self.training
-        for dispatcher, groups in self._gathering:
-            experts = {group.name: group.expert_parameters() for group in groups}
-            dispatcher.begin_pass(experts, accumulation_steps)
 
     def _bind(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         names = inspect.signature(self.base_model.forward).parameters
@@ -199,7 +219,7 @@ class LDMoLEModel(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any
     ) -> None:
-        """Trade compute for memory. Non-reentrant only, which is the default here.
+        """Trade compute for memory. Non-reentrant only, which is the default here; not under ``torch.compile``.
 
         Args:
             activation_checkpointing_kwargs: For ``torch.utils.checkpoint.checkpoint``.
@@ -210,10 +230,7 @@ class LDMoLEModel(nn.Module):
         """
         options = dict(activation_checkpointing_kwargs or {})
         if options.setdefault("use_reentrant", False):
-            raise ValueError(
-                "reentrant checkpointing loses the auxiliary losses' graph: pass use_reentrant=False "
-                "(--activation_checkpointing_kwargs '{\"use_reentrant\": false}')"
-            )
+            raise ValueError(REENTRANT_REFUSED)
         options["context_fn"] = self._holder.checkpoint_contexts
         if hasattr(self.base_model, "activation_checkpointing_enable"):
             self.base_model.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ldmole_ds.distributed.zero import full_shape
+from ldmole_ds.model.moe_base import expert_holders, is_inside, is_router, left_out
 
 _QUANTISED = ("Params4bit", "Int8Params")
 
@@ -24,27 +25,44 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D)) and getattr(module, "weight", None) is not None
 
 
-def _head_modules(model: nn.Module) -> set[int]:
-    """The output layer, and the classification heads Hugging Face adds: they are trained in full or not at all."""
-    heads = {id(getattr(model, name)) for name in ("score", "classifier", "qa_outputs") if hasattr(model, name)}
+def _output_layer(model: nn.Module) -> set[int]:
     get_output = getattr(model, "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
-    return heads | ({id(output)} if output is not None else set())
+    return set() if output is None else {id(output)}
+
+
+def _classification_heads(model: nn.Module) -> set[int]:
+    """The heads Hugging Face adds to a model: they are trained in full (``modules_to_save``) or not at all."""
+    return {id(getattr(model, name)) for name in ("score", "classifier", "qa_outputs") if hasattr(model, name)}
+
+
+def _saved_modules(model: nn.Module, modules_to_save: list[str] | None) -> set[int]:
+    """The modules that are trained in full, with all that is inside them."""
+    saved = tuple(modules_to_save or ())
+
+    def inside(name: str) -> bool:
+        return any(name == s or name.startswith(s + ".") or name.endswith("." + s) or f".{s}." in name for s in saved)
+
+    return {id(module) for name, module in model.named_modules() if inside(name)}
 
 
 def candidate_modules(model: nn.Module, modules_to_save: list[str] | None = None) -> dict[str, nn.Module]:
     """Every linear layer that may be adapted, by full name, in the model's order."""
-    heads = _head_modules(model)
-    skip = tuple(modules_to_save or ())
-
-    def inside_saved(name: str) -> bool:
-        return any(name == s or name.startswith(s + ".") or name.endswith("." + s) or f".{s}." in name for s in skip)
-
+    never = _output_layer(model) | _classification_heads(model) | _saved_modules(model, modules_to_save)
+    holders = expert_holders(model)
     return {
         name: module
         for name, module in model.named_modules()
-        if _is_linear(module) and id(module) not in heads and not inside_saved(name)
+        if _is_linear(module) and id(module) not in never and not is_inside(name, holders)
     }
+
+
+def left_out_modules(
+    model: nn.Module, targets: dict[str, nn.Module], modules_to_save: list[str] | None = None
+) -> list[str]:
+    """What else has a weight matrix and is neither adapted nor trained, in words; see `moe_base.left_out`."""
+    expected = {id(module) for module in targets.values()}
+    return left_out(model, expected | _output_layer(model) | _saved_modules(model, modules_to_save))
 
 
 def find_targets(
@@ -60,7 +78,8 @@ def find_targets(
     endings = sorted({name.rsplit(".", 1)[-1] for name in candidates})
     choose = f"choose among {endings}, or use 'all-linear'"
     if target_modules == "all-linear":
-        found = candidates
+        holders = expert_holders(model)
+        found = {name: module for name, module in candidates.items() if not is_router(name, holders)}
     elif isinstance(target_modules, str):
         try:
             pattern = re.compile(target_modules)

@@ -96,7 +96,17 @@ def lora_experts(x_ND: Tensor, w_NGe: Tensor, lora_A: Tensor, lora_B: Sequence[T
     Returns:
         ``(N, O)``: the projections' results side by side.
     """
+    if torch.compiler.is_compiling():
+        return _traceable(x_ND, w_NGe, lora_A, lora_B, scaling)
     return _LoRAExperts.apply(x_ND, w_NGe, scaling, lora_A, *lora_B)
+
+
+def _traceable(x_ND: Tensor, w_NGe: Tensor, lora_A: Tensor, lora_B: Sequence[Tensor], scaling: float) -> Tensor:
+    """The same in plain operations: ``torch.compile`` cannot trace products written into views, and needs none."""
+    num_groups, e, r, d = lora_A.shape
+    h = (x_ND @ lora_A.reshape(-1, d).t()).view(x_ND.shape[0], num_groups, e, r)
+    hw = (h * (w_NGe * scaling).unsqueeze(-1)).flatten(2)
+    return torch.cat([hw[:, g] @ b.reshape(e * r, -1) for g, b in enumerate(lora_B)], dim=1)
 
 
 def lora_experts_reference(

@@ -57,3 +57,17 @@ def check_ds_config(config: dict[str, Any], path: str) -> None:
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"--deepspeed {path}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
+
+
+def check_precision(config: dict[str, Any], path: str, *, bf16: bool, fp16: bool) -> None:
+    """Refuse a config that enables half precision where the command line does not: adapters would be float32.
+
+    Raises:
+        UserError: Names the flag, and the way to float32 adapters on a half-precision base.
+    """
+    for name, flag in (("bf16", bf16), ("fp16", fp16)):
+        if (config.get(name) or {}).get("enabled") is True and not flag:
+            raise UserError(
+                f"--deepspeed {path} enables {name}: add --{name}, or, for float32 adapters on a half-precision base, "
+                "take a config without it and --dtype bfloat16"
+            )

@@ -33,7 +33,7 @@ from ldmole_ds.training.arguments import (
 from ldmole_ds.training.batch import BatchArguments, accumulation_steps, scaled_learning_rate
 from ldmole_ds.training.callbacks import GroupTimeoutCallback
 from ldmole_ds.training.data import ChoiceData, load_choice_data
-from ldmole_ds.training.ds_config import check_ds_config, read_ds_config
+from ldmole_ds.training.ds_config import check_ds_config, check_precision, read_ds_config
 from ldmole_ds.training.run_record import SETTINGS_NAME, check_output_folder, run_settings, write_json
 from ldmole_ds.training.runtime import UserError, agreed, is_main_process
 from ldmole_ds.training.trainer import LDMoLETrainer
@@ -65,7 +65,9 @@ def train(flags: Namespace) -> None:
     try:
         config = adapter_config(flags)
         if flags.deepspeed:
-            check_ds_config(read_ds_config(flags.deepspeed), flags.deepspeed)
+            ds_config = read_ds_config(flags.deepspeed)
+            check_ds_config(ds_config, flags.deepspeed)
+            check_precision(ds_config, flags.deepspeed, bf16=flags.bf16, fp16=flags.fp16)
     except ValueError as error:
         raise UserError(f"--{error}") from error
     device = runtime.start(use_deepspeed=bool(flags.deepspeed), timeout_s=int(flags.ddp_timeout))
@@ -168,12 +170,6 @@ def build_model(base: Any, config: LDMoLEConfig, data: ChoiceData, settings: dic
     """The wrapped model in the run's layout; adapters are float32 unless the engine is bf16 or fp16."""
     training, source = settings["training"], settings["model"]
     engine_dtype = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
-    if config.adapter_dtype not in (None, engine_dtype) and engine_dtype != "float32":
-        flag = "--bf16" if training.bf16 else "--fp16"
-        raise ValueError(
-            f"--adapter_dtype {config.adapter_dtype} under {flag}: the engine casts every parameter; for float32 "
-            f"adapters on a half-precision base leave out {flag} and load the base with --dtype bfloat16"
-        )
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     ep_size = resolve_ep_size(settings["layout"].ep_size, config.num_experts, world_size, ranks_per_node)

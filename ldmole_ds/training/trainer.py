@@ -12,13 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_pt_utils import get_parameter_names
+from transformers.utils import find_labels
 
 from ldmole_ds.distributed import deepspeed_groups
 from ldmole_ds.model import LDMoLEModel
 from ldmole_ds.model.adapter_io import write_atomically
 from ldmole_ds.tasks.scoring import score_candidates
 from ldmole_ds.training.checkpointing import adapt_engine
+from ldmole_ds.training.checks import check_trainable
 
 _CHOICE_FIELDS = ("candidate_ids", "gold", "prompt_length")
 
@@ -38,30 +41,23 @@ class LDMoLETrainer(Trainer):
         self._engine = None
         super().__init__(model, *args, **kwargs)
         self.single_token_choices = single_token_choices
+        # The Trainer looks at our class, which names no labels, and takes every forward with **kwargs for one that
+        # hands num_items_in_batch to its loss. Losses other than the causal one are means over their micro-batch.
+        if self.args.label_names is None:
+            self.label_names = find_labels(type(model.base_model))
+        # The Trainer's own name: it counts shifted labels by it. It goes by loss_type, which GPT-2 has none of.
+        self._loss_shifts_labels = getattr(model, "loss_function", None) is ForCausalLMLoss
+        if not hasattr(model, "accepts_loss_kwargs"):
+            self.model_accepts_loss_kwargs &= self._loss_shifts_labels
         self._window: dict[str, Any] = {"tokens": 0, "start": time.perf_counter(), "losses": {}, "step": 0}
         self.tokens_timed, self.train_seconds = 0, 0.0
-        self._check_layout(model)
+        check_trainable(model, self.args, self._zero_stage)
 
     @property
     def _zero_stage(self) -> int | None:
         """ZeRO stage of the DeepSpeed config, None without DeepSpeed."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         return plugin.zero_stage if self.is_deepspeed_enabled and plugin is not None else None
-
-    def _check_layout(self, model: LDMoLEModel) -> None:
-        partitioned = any(group.partitioned for group in model.input_groups)
-        if not self.args.average_tokens_across_devices:
-            raise ValueError("--average_tokens_across_devices False would weight ranks unequally: leave it on")
-        if partitioned and self._zero_stage is None:
-            raise ValueError(
-                f"ep_size={model.topology.ep_size} needs DeepSpeed, which knows which gradients not to average: add "
-                "--deepspeed ds_configs/zero2.json, or use --ep_size 1"
-            )
-        if partitioned and self._zero_stage == 0:
-            raise ValueError(
-                f"ep_size={model.topology.ep_size} with ZeRO stage 0 would clip gradients wrongly and lose experts on "
-                "save: use ds_configs/zero1.json or higher, or --ep_size 1"
-            )
 
     @property
     def deepspeed(self) -> Any:
@@ -141,10 +137,11 @@ class LDMoLETrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _smoothing(self, logits: Tensor, labels: Tensor, num_items: Tensor | None) -> Tensor:
-        """What label smoothing adds to the cross-entropy: ``epsilon (mean_v -log p_v - (-log p_label))``, shifted."""
-        logits, labels = logits[:, :-1].float(), labels[:, 1:]
+        """What label smoothing adds to the cross-entropy: ``epsilon (mean_v -log p_v - (-log p_label))``."""
+        if self._loss_shifts_labels:
+            logits, labels = logits[:, :-1], labels[:, 1:]
         valid = labels.ne(-100)
-        log_probs = F.log_softmax(logits[valid], dim=-1)
+        log_probs = F.log_softmax(logits[valid].float(), dim=-1)
         nll = -log_probs.gather(-1, labels[valid].unsqueeze(-1)).sum()
         uniform = -log_probs.mean(-1).sum()
         count = valid.sum() if num_items is None else num_items
@@ -160,7 +157,9 @@ class LDMoLETrainer(Trainer):
         return inputs
 
     def _note_losses(self, outputs, num_items: Tensor | None) -> None:
-        scale = self.accelerator.num_processes if num_items is not None else 1
+        # Each value becomes this rank's share of the step's: a share of the global sum, or of the micro-steps' mean.
+        accumulation = self.current_gradient_accumulation_steps
+        scale = self.accelerator.num_processes if num_items is not None else 1 / accumulation
         sums, aux = self._window["losses"], outputs["aux_losses"]
         with torch.no_grad():
             cross_entropy = outputs["loss"] - self.model.weighted(aux)

@@ -54,6 +54,7 @@ def write(folder, text: str):
         ({"label_words": "missing.json"}, r"--label_words missing\.json"),
         ({"router": "topk", "topk": 9}, r"topk=9 is more than num_experts=8"),
         ({"max_length": 1}, r"max_length"),
+        ({"activation_checkpointing_kwargs": '{"use_reentrant": true}'}, r"reentrant.*pass use_reentrant=False"),
     ],
 )
 def test_one_sentence_with_the_remedy(flags, change, message):
@@ -93,6 +94,13 @@ def test_unsupported_deepspeed_settings_are_refused(flags, tmp_path, setting, na
     path.write_text(json.dumps(setting))
     with pytest.raises(UserError, match=f"{name} is not supported yet"):
         train(parse_flags(argv({**flags, "deepspeed": path})))
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_an_engine_in_half_precision_is_asked_for_twice(flags, name):
+    flags = {**flags, "deepspeed": f"ds_configs/zero2_{name}.json", "adapter_dtype": "float32"}
+    with pytest.raises(UserError, match=rf"zero2_{name}\.json enables {name}: add --{name}, or, .*--dtype bfloat16"):
+        train(parse_flags(argv(flags)))
 
 
 def test_unknown_flags_and_settings_are_refused(tmp_path):

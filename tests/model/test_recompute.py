@@ -1,5 +1,7 @@
 """Activation checkpointing: the second pass routes as the first did, and auxiliary losses are counted once."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -52,6 +54,37 @@ def test_loss_and_gradients_are_those_without_checkpointing(seeds):
         torch.testing.assert_close(recomputed["grads"][name], expected, rtol=1e-5, atol=1e-8, msg=name)
         assert expected.abs().max() > 0, f"{name}: a gradient of zero compares nothing"
     assert recomputed["tokens"] == plain["tokens"] == {int(sum(mask.sum() for mask in masks))}
+
+
+def test_the_second_pass_routes_as_the_first():
+    model, routed = make_model(True), {}
+    for group in model.input_groups:
+        dispatch = group.dispatcher.run
+
+        def watch(x, probs, experts, layer, dispatch=dispatch):
+            routed.setdefault(layer, []).append((x.detach(), probs.detach()))
+            return dispatch(x, probs, experts, layer)
+
+        group.dispatcher = SimpleNamespace(run=watch)
+    run(model, [ragged_batch()])
+    assert len(routed) == 8 and {len(passes) for passes in routed.values()} == {2}
+    for (x, probs), (again_x, again_probs) in routed.values():
+        assert (x == 0).any(), "dropout must be on"
+        assert torch.equal(x, again_x) and torch.equal(probs, again_probs)
+
+
+def test_evaluation_in_between_and_training_on():
+    found = []
+    for model in (make_model(False), make_model(True)):
+        first = run(model, [ragged_batch()])
+        with torch.no_grad():
+            evaluated = model.eval()(**ragged_batch(seed=1))
+        model.zero_grad()
+        found.append((first, evaluated, run(model.train(), [ragged_batch(seed=2)])))
+    (_, plain_evaluated, plain), (_, evaluated, recomputed) = found
+    assert torch.equal(evaluated.logits, plain_evaluated.logits) and evaluated.loss == plain_evaluated.loss
+    assert recomputed["losses"] == plain["losses"] and recomputed["runs"] == 2 * plain["runs"]
+    torch.testing.assert_close(recomputed["grads"], plain["grads"], rtol=1e-5, atol=1e-8)
 
 
 def test_dropout_makes_a_difference_here():

@@ -10,84 +10,22 @@ from ldmole_ds.layers import AdaptedLinear
 from ldmole_ds.model import get_ldmole_model
 from ldmole_ds.model.grouping import find_input_groups
 from ldmole_ds.model.targets import find_targets, linear_features
+from tests.families import CAUSAL, SIZES
 from tests.tiny import tiny_config
-
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GPT2_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
-MIXTRAL_SIZES = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}
-
-LLAMA_LAYER = ["self_attn: q_proj k_proj v_proj", "self_attn: o_proj", "mlp: gate_proj up_proj", "mlp: down_proj"]
-# Per family: model class, config, path of a layer, and its groups as "folder: names" (or full names) in call order.
-FAMILIES = {
-    "llama": (hf.LlamaForCausalLM, hf.LlamaConfig(**SIZES), "model.layers", LLAMA_LAYER),
-    "mistral": (hf.MistralForCausalLM, hf.MistralConfig(**SIZES, head_dim=8), "model.layers", LLAMA_LAYER),
-    "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config(**SIZES, head_dim=8), "model.layers", LLAMA_LAYER),
-    "gemma": (hf.GemmaForCausalLM, hf.GemmaConfig(**SIZES, head_dim=8), "model.layers", LLAMA_LAYER),
-    # Phi's MLP reads what its attention reads.
-    "phi": (
-        hf.PhiForCausalLM,
-        hf.PhiConfig(**SIZES),
-        "model.layers",
-        ["self_attn.q_proj self_attn.k_proj self_attn.v_proj mlp.fc1", "self_attn: dense", "mlp: fc2"],
-    ),
-    # Conv1D layers; q, k and v are one.
-    "gpt2": (
-        hf.GPT2LMHeadModel,
-        hf.GPT2Config(**GPT2_SIZES),
-        "transformer.h",
-        ["attn: c_attn", "attn: c_proj", "mlp: c_fc", "mlp: c_proj"],
-    ),
-    # The experts are no linear layers.
-    "mixtral": (hf.MixtralForCausalLM, hf.MixtralConfig(**MIXTRAL_SIZES), "model.layers", LLAMA_LAYER[:2]),
-}
 
 
 def build(family):
-    model_class, config, *_ = FAMILIES[family]
-    return model_class(config)
+    return CAUSAL[family].build()
 
 
-def expected_groups(family):
-    _, _, path, groups = FAMILIES[family]
-    found = []
-    for layer in range(2):
-        for group in groups:
-            folder, _, names = group.rpartition(": ")
-            prefix = f"{path}.{layer}.{folder}." if folder else f"{path}.{layer}."
-            found.append([prefix + name for name in names.split()])
-    return found
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CAUSAL)
 def test_groups_of(family):
     model = build(family)
     groups = find_input_groups(model, find_targets(model, "all-linear"))
-    assert sorted(groups) == sorted(expected_groups(family))
+    assert sorted(groups) == sorted(CAUSAL[family].groups())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_real_forward_dispatches_once_per_group(family):
-    model = get_ldmole_model(build(family), tiny_config())
-    runs = []
-    for group in model.input_groups:
-        group.register_forward_hook(lambda module, args, output: runs.append(module.name))
-    outputs = model(input_ids=torch.randint(3, 64, (2, 5)))
-    assert outputs.logits.isfinite().all()
-    assert sorted(runs) == sorted(group.name for group in model.input_groups)
-    assert len(runs) == len(expected_groups(family))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CAUSAL)
 def test_all_linear_never_takes_the_head(family):
     model = build(family)
     head = model.get_output_embeddings()
@@ -108,22 +46,27 @@ def test_linear_features_of_both_layouts():
     assert linear_features(llama["model.layers.0.mlp.down_proj"]) == (48, 32)
 
 
-def test_a_template_carries_groups_over_to_layers_that_were_not_reached(monkeypatch):
-    """A mixture-of-experts forward cannot run without data: the twin stops in layer 0."""
+@pytest.fixture
+def mixtral(monkeypatch):
+    """Its twin stops in layer 0, as that of a model whose forward depends on data."""
+    model = build("mixtral")
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda *args: 1 / 0)
+    return model
+
+
+def test_a_template_carries_groups_over_to_layers_that_were_not_reached(monkeypatch, mixtral):
     from ldmole_ds.model import grouping
 
     seen, watch = [], grouping._watch
     monkeypatch.setattr(grouping, "_watch", lambda *args: seen.extend(found := watch(*args)) or found)
-    model = build("mixtral")
-    groups = find_input_groups(model, find_targets(model, "all-linear"))
+    groups = find_input_groups(mixtral, find_targets(mixtral, "all-linear"))
     assert seen and all(name.startswith("model.layers.0.") for name, _ in seen)
-    assert sorted(groups) == sorted(expected_groups("mixtral"))
+    assert sorted(groups) == sorted(CAUSAL["mixtral"].groups())
 
 
-def test_a_template_needs_all_its_members():
-    model = build("mixtral")
-    targets = find_targets(model, r".*\.(0\.self_attn\.[qkv]_proj|1\.self_attn\.[qk]_proj)")
-    layer0, *layer1 = find_input_groups(model, targets)
+def test_a_template_needs_all_its_members(mixtral):
+    targets = find_targets(mixtral, r".*\.(0\.self_attn\.[qkv]_proj|1\.self_attn\.[qk]_proj)")
+    layer0, *layer1 = find_input_groups(mixtral, targets)
     assert len(layer0) == 3 and [len(group) for group in layer1] == [1, 1]
 
 
@@ -152,6 +95,8 @@ def test_targets_by_list_and_by_regular_expression():
     ]
     by_pattern = find_targets(model, r"model\.layers\.1\..*_proj")
     assert len(by_pattern) == 7 and all(name.startswith("model.layers.1.") for name in by_pattern)
+    assert list(find_targets(build("gpt2"), ["c_attn"])) == [f"transformer.h.{i}.attn.c_attn" for i in (0, 1)]
+    assert list(find_targets(build("gpt2"), r".*\.1\.mlp\.c_fc")) == ["transformer.h.1.mlp.c_fc"]
     # An ending is a whole name, not a part of one.
     with pytest.raises(ValueError, match="match no linear layer"):
         find_targets(model, ["proj"])

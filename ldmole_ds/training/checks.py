@@ -1,0 +1,48 @@
+"""Combinations of model and training arguments that would train wrongly are refused, each with its remedy."""
+
+from __future__ import annotations
+
+from transformers import TrainingArguments
+
+from ldmole_ds.model import LDMoLEModel
+from ldmole_ds.model.ldmole_model import REENTRANT_REFUSED
+
+
+def check_trainable(model: LDMoLEModel, args: TrainingArguments, zero_stage: int | None) -> None:
+    """Refuse what cannot work.
+
+    Args:
+        model: The wrapped model.
+        args: Of the Trainer.
+        zero_stage: ZeRO stage of the DeepSpeed config, None without DeepSpeed.
+
+    Raises:
+        ValueError: Names the setting and the remedy.
+    """
+    partitioned = any(group.partitioned for group in model.input_groups)
+    flag, engine = ("bf16", "bfloat16") if args.bf16 else ("fp16", "float16")
+    asked = model.adapter_config.adapter_dtype
+    if zero_stage is not None and getattr(args, flag) and asked not in (None, engine):
+        raise ValueError(
+            f"adapter_dtype={asked} under --{flag}: DeepSpeed's {flag} engine casts every parameter; for {asked} "
+            f"adapters on a half-precision base leave out --{flag} and load the base with --dtype bfloat16"
+        )
+    if (getattr(args, "activation_checkpointing_kwargs", None) or {}).get("use_reentrant"):
+        raise ValueError(REENTRANT_REFUSED)
+    if args.torch_compile and (partitioned or getattr(args, "activation_checkpointing", False)):
+        raise ValueError(
+            "--torch_compile can trace neither the exchange of tokens between ranks nor activation checkpointing: "
+            "leave it out, or use --ep_size 1 without --activation_checkpointing"
+        )
+    if not args.average_tokens_across_devices:
+        raise ValueError("--average_tokens_across_devices False would weight ranks unequally: leave it on")
+    if partitioned and zero_stage is None:
+        raise ValueError(
+            f"ep_size={model.topology.ep_size} needs DeepSpeed, which knows which gradients not to average: add "
+            "--deepspeed ds_configs/zero2.json, or use --ep_size 1"
+        )
+    if partitioned and zero_stage == 0:
+        raise ValueError(
+            f"ep_size={model.topology.ep_size} with ZeRO stage 0 would clip gradients wrongly and lose experts on "
+            "save: use ds_configs/zero1.json or higher, or --ep_size 1"
+        )
