@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from transformers.trainer_pt_utils import get_parameter_names
 from ldmole_ds.distributed import deepspeed_groups
 from ldmole_ds.model import LDMoLEModel
 from ldmole_ds.model.adapter_io import write_atomically
+from ldmole_ds.model.quantized import has_quantized_layers
 from ldmole_ds.tasks.scoring import score_candidates
 from ldmole_ds.training.checkpointing import adapt_engine
+
+logger = logging.getLogger(__name__)
 
 _CHOICE_FIELDS = ("candidate_ids", "gold", "prompt_length")
 
@@ -61,6 +65,11 @@ class LDMoLETrainer(Trainer):
             raise ValueError(
                 f"ep_size={model.topology.ep_size} with ZeRO stage 0 would clip gradients wrongly and lose experts on "
                 "save: use ds_configs/zero1.json or higher, or --ep_size 1"
+            )
+        if self._zero_stage == 3 and self.args.should_log and has_quantized_layers(model):
+            logger.warning(
+                "ZeRO stage 3 saves no memory on a quantised base, whose layers keep whole weights from forward to "
+                "backward: ds_configs/zero2.json needs less"
             )
 
     @property
