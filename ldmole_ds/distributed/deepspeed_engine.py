@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ldmole_ds.distributed.deepspeed_groups import TESTED_VERSION, create_expert_groups, is_expert_parameter
+from ldmole_ds.distributed.deepspeed_groups import create_expert_groups, deepspeed_names, is_expert_parameter
 
 MARKER_NAME = "expert_parallel_marker"
 _HOOK = "_configure_distributed_model"
@@ -29,9 +29,8 @@ def prepare_engines() -> None:
     module = sys.modules.get("deepspeed.runtime.engine")
     if module is None:
         return
-    take_in = getattr(module.DeepSpeedEngine, _HOOK, None)
-    if take_in is None:
-        raise RuntimeError(f"DeepSpeed's engine has no {_HOOK}: {TESTED_VERSION}")
+    with deepspeed_names("the engine"):
+        take_in = getattr(module.DeepSpeedEngine, _HOOK)
     if getattr(take_in, "prepares_experts", False):
         return
 
@@ -66,14 +65,28 @@ def _prepare_model(model: nn.Module, engine: Any) -> None:
         )
     create_expert_groups(ep_size)
     if stage == 3:
+        _check_placement()
         model._modules.pop(MARKER_NAME, None)
     elif MARKER_NAME not in model._modules:
         model.add_module(MARKER_NAME, _moe_marker(ep_size))
 
 
+def _check_placement() -> None:
+    """Stage 3 must know parameters placed as `mark_expert_parameter` does; before 0.19.3 it averages different experts.
+
+    Raises:
+        RuntimeError: It does not.
+    """
+    with deepspeed_names("experts under ZeRO stage 3"):
+        from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+        assert DeepSpeedZeroOptimizer_Stage3._autoep_expert_parallel_group
+
+
 def _moe_marker(ep_size: int) -> nn.Module:
     """An empty module of DeepSpeed's MoE type. With no local experts, no per-expert files are written or looked for."""
-    from deepspeed.moe.layer import MoE
+    with deepspeed_names("MoE layers"):
+        from deepspeed.moe.layer import MoE
 
     class ExpertParallelMarker(MoE):
         def __init__(self) -> None:

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from ldmole_ds.distributed.deepspeed_groups import deepspeed_names
+
 
 def is_zero3_parameter(param: torch.Tensor) -> bool:
     """Whether ``param`` is partitioned by ZeRO-3 (its data may be absent)."""
@@ -34,14 +36,20 @@ def finish_prefetches(model: nn.Module) -> None:
 
     After an evaluation some always are; gathering them a second time would abort.
     """
-    in_flight = getattr(model, "ds_inflight_param_registry", None) or {}
+    if not hasattr(model, "ds_id"):  # no engine of stage 3 has taken it in
+        return
+    with deepspeed_names("parameters in flight under ZeRO stage 3"):
+        in_flight = model.ds_inflight_param_registry
     for param in list(in_flight):
         in_flight.pop(param).wait()
 
 
 def full_shape(param: torch.Tensor) -> torch.Size:
     """The whole parameter's shape, also while ZeRO-3 has released its data."""
-    return torch.Size(param.ds_shape) if is_zero3_parameter(param) else param.shape
+    if not is_zero3_parameter(param):
+        return param.shape
+    with deepspeed_names("a parameter under ZeRO stage 3"):
+        return torch.Size(param.ds_shape)
 
 
 def partitioned_init(config: dict) -> AbstractContextManager:

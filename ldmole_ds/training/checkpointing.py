@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ldmole_ds.distributed.deepspeed_groups import refresh_expert_weights
+
 
 def adapt_engine(engine: Any) -> None:
     """Make ``engine.save_checkpoint`` leave out frozen weights, and ``load_checkpoint`` restore this rank's experts.
@@ -23,7 +25,7 @@ def adapt_engine(engine: Any) -> None:
         kwargs["load_module_strict"] = False
         result = load(load_dir, *args, **kwargs)
         if engine.zero_optimization_stage() in (1, 2):
-            engine.optimizer.update_lp_params()
+            refresh_expert_weights(engine)
         return result
 
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint

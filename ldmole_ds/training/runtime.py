@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ldmole_ds.distributed import PeerError
+from ldmole_ds.distributed.deepspeed_groups import skip_shared_memory_op
 
 # What users can get wrong, and our own clear sentences; anything else keeps its traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError, NotImplementedError, ImportError)
@@ -88,11 +89,10 @@ def start(*, use_deepspeed: bool, timeout_s: int = 1800) -> str:
         The accelerator's name: cuda, cpu, ...
     """
     source = discover_ranks(use_deepspeed)
-    import deepspeed
     from accelerate import PartialState
     from deepspeed.accelerator import get_accelerator
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    skip_shared_memory_op()
     accelerator = get_accelerator()
     name, backend = accelerator.device_name(), accelerator.communication_backend_name()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -111,11 +111,22 @@ def start(*, use_deepspeed: bool, timeout_s: int = 1800) -> str:
 
 
 def limit_group_timeouts(timeout_s: int) -> None:
-    """Give every process group the user's timeout: DeepSpeed makes its groups with torch's 30 minutes."""
+    """Give every process group the user's timeout: DeepSpeed makes its groups with torch's 30 minutes.
+
+    Raises:
+        RuntimeError: This torch has no such timeouts.
+    """
     from torch.distributed import distributed_c10d as c10d
 
-    for group in list(c10d._world.pg_map):
-        c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+    try:
+        groups, set_timeout = list(c10d._world.pg_map), c10d._set_pg_timeout
+    except AttributeError as error:
+        raise RuntimeError(
+            f"timeouts of process groups: this torch has changed ({error}); install one that this ldmole_ds is tested "
+            "with, see README.md"
+        ) from error
+    for group in groups:
+        set_timeout(timedelta(seconds=timeout_s), group)
 
 
 def stop() -> None:
