@@ -8,10 +8,9 @@ import torch
 import transformers as hf
 
 from ldmole_ds.config import LDMoLEConfig
-from ldmole_ds.distributed import LocalTokenDispatcher
 from ldmole_ds.model import LDMoLEModel, get_ldmole_model
 from ldmole_ds.model.adapter_io import gather_adapter_state, load_state
-from ldmole_ds.ops import lora_experts_reference
+from ldmole_ds.parity.dense import DenseDispatcher
 from tests.tiny import wake_experts
 
 SIZES = {
@@ -103,13 +102,6 @@ CLASSIFIERS = {
     ),
 }
 FAMILIES = {**CAUSAL, **CLASSIFIERS}
-
-
-class DenseDispatcher(LocalTokenDispatcher):
-    """Every expert's output of every token, by einsum."""
-
-    def run(self, x_TD, probs_TGE, experts, layer):
-        return lora_experts_reference(x_TD, probs_TGE, experts.lora_A, experts.lora_B, experts.scaling)
 
 
 def awake_model(base: torch.nn.Module, config: LDMoLEConfig) -> LDMoLEModel:

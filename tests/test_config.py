@@ -34,7 +34,7 @@ def test_the_defaults_are_the_papers():
         *(("sparsity_loss_weight", bad) for bad in (-1, NAN, INF, "0")),
         ("load_balancing_loss_weight", -0.5),
         ("router_z_loss_weight", INF),
-        ("router", "relu"),
+        ("router", "switch"),
         ("lambda_sharing", "global"),
         ("lambda_init", "dead"),
         ("balance_statistics", "local"),
@@ -69,8 +69,8 @@ def test_the_edges_of_what_is_allowed(values):
 
 
 def test_an_unknown_choice_lists_the_known_ones():
-    with pytest.raises(ValueError, match="router='relu' is not known: use one of sparsegen, .*, lora"):
-        LDMoLEConfig(router="relu")
+    with pytest.raises(ValueError, match="router='switch' is not known: use one of sparsegen, .*, lora"):
+        LDMoLEConfig(router="switch")
 
 
 def test_topk_cannot_exceed_the_experts():

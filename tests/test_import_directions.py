@@ -19,11 +19,18 @@ MAY_IMPORT = {area: set(_LOWER[:i]) for i, area in enumerate(_LOWER)}
 MAY_IMPORT["tasks"] = set(_LOWER)
 MAY_IMPORT["training"] = {*_LOWER, "tasks"}
 MAY_IMPORT["analysis"] = {*_LOWER, "tasks"}
+MAY_IMPORT["parity"] = set(_LOWER)
 
 # Where a framework may be imported: a file, or a folder with its trailing slash.
 FRAMEWORK_HOMES = {
-    "deepspeed": ("distributed/deepspeed_groups.py", "distributed/zero.py", "training/"),
-    "transformers": ("model/", "tasks/", "training/", "analysis/"),
+    "deepspeed": (
+        "distributed/deepspeed_engine.py",
+        "distributed/deepspeed_groups.py",
+        "distributed/zero.py",
+        "training/",
+        "parity/engine.py",
+    ),
+    "transformers": ("model/", "tasks/", "training/", "analysis/", "parity/model.py"),
 }
 OUTSIDE = ("launch", "tests")
 

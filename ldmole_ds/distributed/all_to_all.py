@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -22,11 +23,13 @@ class CommStats:
 
     ``calls``, ``rows`` and ``bytes`` are keyed by phase: counts, dispatch, combine, dispatch_backward,
     combine_backward, gather, reduce_scatter. Rows and bytes are those *sent to other ranks*.
+    ``step`` is where training stands, for errors.
     """
 
     calls: Counter = field(default_factory=Counter)
     rows: Counter = field(default_factory=Counter)
     bytes: Counter = field(default_factory=Counter)
+    step: int = 0
 
     def add(self, phase: str, rows: int, num_bytes: int) -> None:
         self.calls[phase] += 1
@@ -47,6 +50,47 @@ class CommStats:
         return sum(self.bytes.values())
 
 
+class PeerError(RuntimeError):
+    """A collective between expert-parallel ranks failed: a peer died, hangs, or left. Says where this rank stood."""
+
+
+@dataclass(frozen=True)
+class Channel:
+    """The way of one layer's collectives.
+
+    Attributes:
+        group: The EP group.
+        stats: Counts calls, rows and bytes by phase.
+        layer: Named in errors.
+    """
+
+    group: dist.ProcessGroup
+    stats: CommStats
+    layer: str
+
+    @property
+    def size(self) -> int:
+        """Ranks in the group, P."""
+        return dist.get_world_size(self.group)
+
+    @property
+    def own_rank(self) -> int:
+        """This rank's index in the group."""
+        return dist.get_rank(self.group)
+
+    @contextmanager
+    def guard(self, phase: str) -> Iterator[None]:
+        """Turns the backend's error into a `PeerError` that names layer, phase and step."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise PeerError(
+                f"rank {dist.get_rank()} stopped in phase '{phase}' of {self.layer}, step {self.stats.step}: a peer "
+                f"died or hangs, look for the first error in the other ranks' output ({reason})"
+            ) from error
+
+
 class Exchange:
     """A variable-split all-to-all under way: rows leave at once, `wait` returns what arrived.
 
@@ -54,122 +98,68 @@ class Exchange:
         x: ``(sum(input_splits), ...)``: rows for rank 0 of the group, then for rank 1, ...
         output_splits: Rows received from each rank of the group; may hold zeros.
         input_splits: Rows sent to each rank of the group; may hold zeros.
-        group: The EP group.
-        stats: Counts calls, rows and bytes under ``phase``.
-        phase: Named in errors.
+        channel: Group, statistics and layer.
+        phase: Under which the exchange is counted, and named in errors.
     """
 
     def __init__(
-        self,
-        x: Tensor,
-        output_splits: list[int],
-        input_splits: list[int],
-        group: dist.ProcessGroup,
-        stats: CommStats,
-        phase: str,
+        self, x: Tensor, output_splits: list[int], input_splits: list[int], channel: Channel, phase: str
     ) -> None:
-        own = dist.get_rank(group)
-        remote_rows = sum(input_splits) - input_splits[own]
-        stats.add(phase, remote_rows, remote_rows * math.prod(x.shape[1:]) * x.element_size())
-        self._phase = phase
+        remote_rows = sum(input_splits) - input_splits[channel.own_rank]
+        channel.stats.add(phase, remote_rows, remote_rows * math.prod(x.shape[1:]) * x.element_size())
+        self._channel, self._phase = channel, phase
         self._rows = x.contiguous()  # kept alive until the exchange is over
         self._out = x.new_empty((sum(output_splits), *x.shape[1:]))
-        try:
+        with channel.guard(phase):
             self._work = dist.all_to_all_single(
-                self._out, self._rows, output_splits, input_splits, group=group, async_op=True
+                self._out, self._rows, output_splits, input_splits, group=channel.group, async_op=True
             )
-        except RuntimeError as error:
-            raise self._failed(error) from error
 
     def wait(self) -> Tensor:
         """The rows received, ordered by source rank."""
-        try:
+        with self._channel.guard(self._phase):
             self._work.wait()
-        except RuntimeError as error:
-            raise self._failed(error) from error
         return self._out
-
-    def _failed(self, error: RuntimeError) -> RuntimeError:
-        return RuntimeError(
-            f"the expert-parallel exchange failed in phase '{self._phase}' on rank {dist.get_rank()}: a peer has died "
-            f"or hangs, look at the other ranks' logs for the first error ({error})"
-        )
 
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, output_splits, input_splits, group, stats, phase):
-        ctx.args = (input_splits, output_splits, group, stats, f"{phase}_backward")
-        return Exchange(x, output_splits, input_splits, group, stats, phase).wait()
+    def forward(ctx, x, output_splits, input_splits, channel, phase):
+        ctx.args = (input_splits, output_splits, channel, f"{phase}_backward")
+        return Exchange(x, output_splits, input_splits, channel, phase).wait()
 
     @staticmethod
     def backward(ctx, grad):
-        return Exchange(grad, *ctx.args).wait(), None, None, None, None, None
+        return Exchange(grad, *ctx.args).wait(), None, None, None, None
 
 
-def all_to_all(
-    x: Tensor,
-    output_splits: list[int],
-    input_splits: list[int],
-    group: dist.ProcessGroup,
-    stats: CommStats,
-    phase: str,
-) -> Tensor:
-    """Exchange rows with variable splits.
+def all_to_all(x: Tensor, output_splits: list[int], input_splits: list[int], channel: Channel, phase: str) -> Tensor:
+    """An `Exchange`, waited for, that autograd runs backwards with the splits swapped.
 
     Args:
-        x: ``(sum(input_splits), ...)``: rows for rank 0 of the group, then for rank 1, ...
-        output_splits: Rows received from each rank of the group; may hold zeros.
-        input_splits: Rows sent to each rank of the group; may hold zeros.
-        group: The EP group.
-        stats: Counts calls, rows and bytes under ``phase`` (and ``phase + "_backward"``).
-        phase: dispatch or combine.
+        x, output_splits, input_splits, channel: As in `Exchange`.
+        phase: dispatch or combine; backward counts under ``phase + "_backward"``.
 
     Returns:
-        ``(sum(output_splits), ...)``. Backward is the same exchange with the splits swapped.
+        ``(sum(output_splits), ...)``.
     """
-    return _AllToAll.apply(x, output_splits, input_splits, group, stats, phase)
+    return _AllToAll.apply(x, output_splits, input_splits, channel, phase)
 
 
-def exchange_counts(counts: Tensor, group: dist.ProcessGroup, stats: CommStats) -> Tensor:
+def exchange_counts(counts: Tensor, channel: Channel) -> Tensor:
     """Tell every rank of the group a few integers each: ``(P, n) int64 -> (P, n)``, row p from / to rank p."""
     out = torch.empty_like(counts)
     remote = counts.shape[0] - 1
-    stats.add("counts", remote, remote * counts[0].numel() * counts.element_size())
-    dist.all_to_all_single(out, counts, group=group)
+    channel.stats.add("counts", remote, remote * counts[0].numel() * counts.element_size())
+    with channel.guard("counts"):
+        dist.all_to_all_single(out, counts, group=channel.group)
     return out
 
 
-class _GatherExperts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, group, stats, *tensors):
-        num_ranks = dist.get_world_size(group)
-        flat = torch.cat([t.reshape(-1) for t in tensors])
-        gathered = flat.new_empty(num_ranks, flat.numel())
-        stats.add("gather", num_ranks - 1, (num_ranks - 1) * flat.numel() * flat.element_size())
-        dist.all_gather(list(gathered.unbind(0)), flat, group=group)
-        ctx.group, ctx.stats, ctx.shapes = group, stats, [t.shape for t in tensors]
-        parts = gathered.split([t.numel() for t in tensors], dim=1)
-        return tuple(part.reshape(num_ranks, *t.shape) for part, t in zip(parts, tensors, strict=True))
-
-    @staticmethod
-    def backward(ctx, *grads):
-        num_ranks = dist.get_world_size(ctx.group)
-        flat = torch.cat([g.reshape(num_ranks, -1) for g in grads], dim=1)
-        out = flat.new_empty(flat.shape[1])
-        ctx.stats.add("reduce_scatter", num_ranks - 1, (num_ranks - 1) * out.numel() * out.element_size())
-        dist.reduce_scatter(out, list(flat.unbind(0)), group=ctx.group)
-        parts = out.split([shape.numel() for shape in ctx.shapes])
-        return None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
-
-
-def gather_experts(
-    lora_A: Tensor, lora_B: Sequence[Tensor], group: dist.ProcessGroup, stats: CommStats
-) -> tuple[Tensor, list[Tensor]]:
-    """All experts of the group from the local ones: ``(G, e, r, D), G x (e, r, O_g) -> (G, E, r, D), G x (E, r, O_g)``.
-
-    One all-gather for the whole input group; backward is one reduce-scatter that sums every rank's gradient at the
-    expert's home.
-    """
-    all_A, *all_B = _GatherExperts.apply(group, stats, lora_A, *lora_B)
-    return all_A.transpose(0, 1).flatten(1, 2), [b.flatten(0, 1) for b in all_B]
+def largest_of(value: int, channel: Channel, device: torch.device) -> int:
+    """The largest of one number over the group."""
+    box = torch.tensor([value], device=device)
+    channel.stats.add("counts", channel.size - 1, (channel.size - 1) * box.element_size())
+    with channel.guard("counts"):
+        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=channel.group)
+    return int(box)

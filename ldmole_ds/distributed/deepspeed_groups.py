@@ -1,4 +1,4 @@
-"""Everything we need of DeepSpeed's process groups and expert bookkeeping, its private names included.
+"""What we need of DeepSpeed's process groups and of its expert bookkeeping, private names included.
 
 DeepSpeed is imported inside the functions: the runtime (loading an adapter, generating) must work without it.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-_HINT = "this ldmole_ds is tested with deepspeed 0.19; install it with `pip install 'deepspeed>=0.19,<0.20'`"
+TESTED_VERSION = "this ldmole_ds is tested with deepspeed 0.19; install it with `pip install 'deepspeed>=0.19,<0.20'`"
 
 
 def is_initialized() -> bool:
@@ -30,7 +30,7 @@ def create_expert_groups(ep_size: int) -> tuple[dist.ProcessGroup, dist.ProcessG
             groups._create_expert_and_data_parallel(ep_size)
         return groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
     except AttributeError as error:
-        raise RuntimeError(f"DeepSpeed's expert groups are not where they were ({error}): {_HINT}") from error
+        raise RuntimeError(f"DeepSpeed's expert groups are not where they were ({error}): {TESTED_VERSION}") from error
 
 
 def mark_expert_parameter(param: nn.Parameter, group_name: str, edp_group: dist.ProcessGroup) -> None:
@@ -49,34 +49,6 @@ def mark_expert_parameter(param: nn.Parameter, group_name: str, edp_group: dist.
 def is_expert_parameter(param: torch.Tensor) -> bool:
     """Whether ``param`` was marked by `mark_expert_parameter`."""
     return not getattr(param, "allreduce", True)
-
-
-def moe_marker(num_experts: int, ep_size: int) -> nn.Module:
-    """An empty module that DeepSpeed recognises as one of its MoE layers.
-
-    Stages 1 and 2 treat marked parameters as experts only in a model that holds such a layer. It reports no local
-    experts, so that DeepSpeed writes and looks for no per-expert checkpoint files.
-    """
-    from deepspeed.moe.layer import MoE
-
-    class ExpertParallelMarker(MoE):
-        def __init__(self) -> None:
-            nn.Module.__init__(self)
-            self.num_experts = num_experts
-            self.num_local_experts = 0
-            self.ep_size = ep_size
-            self.expert_group_name = f"ep_size_{ep_size}"
-
-        def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-            if use_data_before_expert_parallel_:
-                raise ValueError(
-                    "use_data_before_expert_parallelism is not supported: remove it from the DeepSpeed config"
-                )
-
-        def forward(self, *args, **kwargs):
-            raise RuntimeError("the expert-parallel marker is never called")
-
-    return ExpertParallelMarker()
 
 
 def split_expert_param_groups(param_groups: list[dict]) -> list[dict]:

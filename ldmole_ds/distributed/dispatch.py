@@ -1,4 +1,4 @@
-"""How tokens meet their experts: three dispatchers with one contract.
+"""How tokens meet their experts: the dispatchers' contract, and those that move tokens.
 
     run(x_TD, probs_TGE, experts, layer) -> y_TO
 
@@ -19,8 +19,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from ldmole_ds.distributed.all_to_all import CommStats, all_to_all, exchange_counts, gather_experts
+from ldmole_ds.distributed.all_to_all import Channel, CommStats, all_to_all, exchange_counts, largest_of
 from ldmole_ds.distributed.expert_exchange import DispatchPlan, exchange_experts
 from ldmole_ds.distributed.topology import ExpertParallel
 from ldmole_ds.ops.lora_experts import lora_experts, lora_experts_reference
@@ -61,47 +62,60 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
     """``--expert_dispatch tokens``: tokens travel to the experts, results travel back.
 
     Tokens of this rank meet this rank's experts while the others are on their way; they are not part of the exchange.
+
+    Args:
+        topology: Who holds which experts.
+        stats: Counts what is moved.
+        chunk_tokens: Dispatch at most this many of a rank's tokens at once. A rank then never holds more than ``P *
+            chunk_tokens`` of its peers' tokens, however skewed the routing is: what arrived is sent again in backward
+            instead of being kept. 0: all at once.
     """
 
-    def __init__(self, topology: ExpertParallel, stats: CommStats | None = None) -> None:
+    def __init__(self, topology: ExpertParallel, stats: CommStats | None = None, chunk_tokens: int = 0) -> None:
         super().__init__(stats)
-        self.topology = topology
+        self.topology, self.chunk_tokens = topology, chunk_tokens
         self.ep_size = topology.ep_size
 
     def run(self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, layer: str) -> Tensor:
         """See the module docstring. Counts, dispatch and combine forward; the twins of the last two backward."""
-        plan = self.plan(probs_TGE, layer)
-        return exchange_experts(
-            x_TD,
-            probs_TGE.to(x_TD.dtype),
-            plan,
-            self.topology.ep_group,
-            self.stats,
-            experts.lora_A,
-            experts.lora_B,
-            experts.scaling,
-        )
+        channel, w_TGE = self.channel(layer), probs_TGE.to(x_TD.dtype)
+        weights = (experts.scaling, experts.lora_A, *experts.lora_B)
+        if not self.chunk_tokens:
+            return exchange_experts(x_TD, w_TGE, self.plan(probs_TGE, channel), channel, *weights)
+        # Every rank runs as many chunks as the one with the most tokens; its own may be empty.
+        num_chunks = -(-largest_of(x_TD.shape[0], channel, x_TD.device) // self.chunk_tokens)
+        y = []
+        for i in range(num_chunks):
+            chunk = slice(i * self.chunk_tokens, (i + 1) * self.chunk_tokens)
+            plan = self.plan(probs_TGE[chunk], channel)
+            inputs = (x_TD[chunk], w_TGE[chunk], plan, channel, *weights)
+            y.append(checkpoint(exchange_experts, *inputs, use_reentrant=False, preserve_rng_state=False))
+        return torch.cat(y) if y else exchange_experts(x_TD, w_TGE, self.plan(probs_TGE, channel), channel, *weights)
 
-    def plan(self, probs_TGE: Tensor, layer: str) -> DispatchPlan:
+    def channel(self, layer: str) -> Channel:
+        """The way of this layer's collectives."""
+        return Channel(self.topology.ep_group, self.stats, layer)
+
+    def plan(self, probs_TGE: Tensor, channel: Channel) -> DispatchPlan:
         """Who sends which token where, from the support of the routing weights. One count exchange, one host sync.
 
         Raises:
             FloatingPointError: Routing is not finite on some rank of the EP group; raised on all of them.
         """
         t, g, e = probs_TGE.shape
-        group, p, own = self.topology.ep_group, self.ep_size, self.topology.ep_rank
+        p, own = self.ep_size, self.topology.ep_rank
         with torch.no_grad():
             active_TP = (probs_TGE.view(t, g, p, e // p) != 0).any(-1).any(1)
             active_TP[:, own] = False
             destination_S, token_index_S = active_TP.t().nonzero(as_tuple=True)
             broken = (~torch.isfinite(probs_TGE).all()).long().expand(p)
             sent = torch.stack([active_TP.sum(0), broken], dim=1)
-            received = exchange_counts(sent, group, self.stats)
+            received = exchange_counts(sent, channel)
             # NOTE: the one device-to-host synchronisation of a dispatch.
             (input_splits, _), (output_splits, flags) = torch.stack([sent, received]).transpose(1, 2).tolist()
         if any(flags):
             first = self.topology.rank - own
-            raise_non_finite(layer, [first + i for i, flag in enumerate(flags) if flag])
+            raise_non_finite(channel.layer, [first + i for i, flag in enumerate(flags) if flag])
         return DispatchPlan(
             own_rank=own,
             token_index_S=token_index_S,
@@ -116,44 +130,16 @@ class ReferenceTokenDispatcher(AllToAllTokenDispatcher):
 
     def run(self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, layer: str) -> Tensor:
         """See the module docstring."""
-        plan, group, p = self.plan(probs_TGE, layer), self.topology.ep_group, self.ep_size
+        channel, p = self.channel(layer), self.ep_size
+        plan = self.plan(probs_TGE, channel)
         t, g, e = probs_TGE.shape
         d, splits = x_TD.shape[1], (plan.output_splits, plan.input_splits)
         w_TPGe = probs_TGE.to(x_TD.dtype).view(t, g, p, e // p).transpose(1, 2)
-        x_RD = all_to_all(x_TD[plan.token_index_S], *splits, group, self.stats, "dispatch")
-        w_RGe = all_to_all(w_TPGe[plan.token_index_S, plan.destination_S], *splits, group, self.stats, "dispatch")
+        x_RD = all_to_all(x_TD[plan.token_index_S], *splits, channel, "dispatch")
+        w_RGe = all_to_all(w_TPGe[plan.token_index_S, plan.destination_S], *splits, channel, "dispatch")
         x = torch.cat([x_TD, x_RD])
         w = torch.cat([w_TPGe[:, plan.own_rank], w_RGe])
         y = lora_experts_reference(x, w, experts.lora_A, experts.lora_B, experts.scaling)
         assert x.shape[1] == d
-        y_SO = all_to_all(y[t:], *splits[::-1], group, self.stats, "combine")
+        y_SO = all_to_all(y[t:], *splits[::-1], channel, "combine")
         return y[:t].index_add(0, plan.token_index_S, y_SO)
-
-
-class WeightGatherDispatcher(LocalTokenDispatcher):
-    """``--expert_dispatch weights``: tokens stay, the experts' weights are gathered over the EP group.
-
-    Cheaper than moving tokens when a group's experts are smaller than its batch of tokens.
-    """
-
-    def __init__(self, topology: ExpertParallel, stats: CommStats | None = None) -> None:
-        super().__init__(stats)
-        self.topology = topology
-        self.ep_size = topology.ep_size
-
-    def run(self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, layer: str) -> Tensor:
-        """See the module docstring. One all-gather forward, one reduce-scatter backward."""
-        lora_A, lora_B = gather_experts(experts.lora_A, experts.lora_B, self.topology.ep_group, self.stats)
-        return lora_experts(x_TD, probs_TGE.to(x_TD.dtype), lora_A, lora_B, experts.scaling)
-
-
-def build_dispatcher(
-    topology: ExpertParallel, num_experts: int, expert_dispatch: str, stats: CommStats
-) -> LocalTokenDispatcher:
-    """The dispatcher of a layer with ``num_experts`` experts under this layout."""
-    dispatchers = {"tokens": AllToAllTokenDispatcher, "weights": WeightGatherDispatcher}
-    if expert_dispatch not in dispatchers:
-        raise ValueError(f"expert_dispatch={expert_dispatch!r} is not known: use one of {', '.join(dispatchers)}")
-    if not topology.partitions(num_experts):
-        return LocalTokenDispatcher(stats)
-    return dispatchers[expert_dispatch](topology, stats)

@@ -10,14 +10,12 @@ tokens and routing weights the way the results came. Shape legend: `ldmole_ds.di
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ldmole_ds.distributed.all_to_all import CommStats, Exchange
+from ldmole_ds.distributed.all_to_all import Channel, Exchange
 from ldmole_ds.ops.lora_experts import experts_backward, experts_forward
 
 
@@ -42,32 +40,32 @@ class DispatchPlan:
 
 class _ExchangeExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, w_TGE, plan, group, stats, scaling, lora_A, *lora_B):
-        num_ranks = dist.get_world_size(group)
+    def forward(ctx, x_TD, w_TGE, plan, channel, scaling, lora_A, *lora_B):
+        num_ranks = channel.size
         (t, d), (_, g, num_experts) = x_TD.shape, w_TGE.shape
         w_TPGe = w_TGE.view(t, g, num_ranks, num_experts // num_ranks).transpose(1, 2)
         w_own = w_TPGe[:, plan.own_rank]
         w_S = w_TPGe[plan.token_index_S, plan.destination_S].flatten(1)
         rows_SX = torch.cat([x_TD.index_select(0, plan.token_index_S), w_S], dim=1)
-        dispatch = Exchange(rows_SX, plan.output_splits, plan.input_splits, group, stats, "dispatch")
+        dispatch = Exchange(rows_SX, plan.output_splits, plan.input_splits, channel, "dispatch")
         y_TO, h_own = experts_forward(x_TD, w_own, lora_A, lora_B, scaling)
         x_RD, w_R = dispatch.wait().split([d, w_S.shape[1]], dim=1)
         w_RGe = w_R.reshape(-1, g, num_experts // num_ranks)
         y_RO, h_remote = experts_forward(x_RD, w_RGe, lora_A, lora_B, scaling)
-        combine = Exchange(y_RO, plan.input_splits, plan.output_splits, group, stats, "combine")
+        combine = Exchange(y_RO, plan.input_splits, plan.output_splits, channel, "combine")
         y_TO.index_add_(0, plan.token_index_S, combine.wait())
         ctx.save_for_backward(x_TD, w_own, h_own, x_RD, w_RGe, h_remote, lora_A, *lora_B)
-        ctx.plan, ctx.group, ctx.stats, ctx.scaling, ctx.num_ranks = plan, group, stats, scaling, num_ranks
+        ctx.plan, ctx.channel, ctx.scaling, ctx.num_ranks = plan, channel, scaling, num_ranks
         return y_TO
 
     @staticmethod
     def backward(ctx, grad_TO):
         x_TD, w_own, h_own, x_RD, w_RGe, h_remote, lora_A, *lora_B = ctx.saved_tensors
-        plan, group, stats = ctx.plan, ctx.group, ctx.stats
+        plan, channel = ctx.plan, ctx.channel
         need_x, (_, g, e) = ctx.needs_input_grad[0], w_own.shape
-        need = {"need_x": need_x, "need_weights": any(ctx.needs_input_grad[6:])}
+        need = {"need_x": need_x, "need_weights": any(ctx.needs_input_grad[5:])}
         grad_SO = grad_TO.index_select(0, plan.token_index_S)
-        combine = Exchange(grad_SO, plan.output_splits, plan.input_splits, group, stats, "combine_backward")
+        combine = Exchange(grad_SO, plan.output_splits, plan.input_splits, channel, "combine_backward")
         grad_x, grad_w, grad_A, grad_B = experts_backward(
             grad_TO, x_TD, w_own, h_own, lora_A, lora_B, ctx.scaling, **need
         )
@@ -76,7 +74,7 @@ class _ExchangeExperts(torch.autograd.Function):
         )
         remote_w = remote_w.flatten(1)
         grad_RX = torch.cat([remote_x, remote_w], dim=1) if need_x else remote_w
-        dispatch = Exchange(grad_RX, plan.input_splits, plan.output_splits, group, stats, "dispatch_backward")
+        dispatch = Exchange(grad_RX, plan.input_splits, plan.output_splits, channel, "dispatch_backward")
         if need["need_weights"]:
             grad_A.add_(remote_A)
             for own, remote in zip(grad_B, remote_B, strict=True):
@@ -91,18 +89,17 @@ class _ExchangeExperts(torch.autograd.Function):
             home_w = home_SX
         grad_w_TPGe[plan.token_index_S, plan.destination_S] = home_w.reshape(-1, g, e)
         grad_w_TGE = grad_w_TPGe.transpose(1, 2).reshape(x_TD.shape[0], g, ctx.num_ranks * e)
-        return grad_x, grad_w_TGE, None, None, None, None, grad_A, *grad_B
+        return grad_x, grad_w_TGE, None, None, None, grad_A, *grad_B
 
 
 def exchange_experts(
     x_TD: Tensor,
     w_TGE: Tensor,
     plan: DispatchPlan,
-    group: dist.ProcessGroup,
-    stats: CommStats,
-    lora_A: Tensor,
-    lora_B: Sequence[Tensor],
+    channel: Channel,
     scaling: float,
+    lora_A: Tensor,
+    *lora_B: Tensor,
 ) -> Tensor:
     """Sum over all experts of the EP group for each local token.
 
@@ -110,11 +107,10 @@ def exchange_experts(
         x_TD: Local tokens, ``(T, D)``.
         w_TGE: Routing weights over all experts, ``(T, G, E)``, dtype of ``x_TD``.
         plan: Who sends what where.
-        group: The EP group.
-        stats: Counts calls, rows and bytes.
-        lora_A, lora_B, scaling: This rank's experts, as in `lora_experts`.
+        channel: Group, statistics and layer.
+        scaling, lora_A, lora_B: This rank's experts, as in `lora_experts`.
 
     Returns:
         ``(T, O)``. Collective in forward and backward.
     """
-    return _ExchangeExperts.apply(x_TD, w_TGE, plan, group, stats, scaling, lora_A, *lora_B)
+    return _ExchangeExperts.apply(x_TD, w_TGE, plan, channel, scaling, lora_A, *lora_B)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from ldmole_ds.distributed import deepspeed_groups
+from ldmole_ds.distributed.deepspeed_engine import prepare_engines
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def expert_parallel(ep_size: int = 1) -> ExpertParallel:
         )
     if ep_size == 1:
         return ExpertParallel(world_size=world_size, rank=rank)
+    prepare_engines()
     if deepspeed_groups.is_initialized():
         ep_group, edp_group = deepspeed_groups.create_expert_groups(ep_size)
     else:

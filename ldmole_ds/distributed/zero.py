@@ -42,3 +42,10 @@ def finish_prefetches(model: nn.Module) -> None:
 def full_shape(param: torch.Tensor) -> torch.Size:
     """The whole parameter's shape, also while ZeRO-3 has released its data."""
     return torch.Size(param.ds_shape) if is_zero3_parameter(param) else param.shape
+
+
+def partitioned_init(config: dict) -> AbstractContextManager:
+    """Context in which modules are built already partitioned, as ``zero.Init`` does under ZeRO-3."""
+    import deepspeed
+
+    return deepspeed.zero.Init(config_dict_or_path=config)

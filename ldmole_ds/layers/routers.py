@@ -50,6 +50,10 @@ def _topk(k: int) -> Callable[[Tensor, Tensor | None], Tensor]:
     return weights
 
 
+def _relu(logits: Tensor, lam: Tensor | None) -> Tensor:
+    return logits.relu()
+
+
 def _ones(logits: Tensor, lam: Tensor | None) -> Tensor:
     return torch.ones_like(logits)
 
@@ -58,13 +62,15 @@ def build_router(name: str, *, fixed_lambda: float = 0.0, topk: int = 2) -> Rout
     """The router of this name.
 
     sparsegen: LD-MoLE's, learned lambda. sparsegen_fixed: the same with one lambda for all tokens (0 is sparsemax).
-    softmax: dense. topk: softmax over the k largest (MoLA). lora: no router, every expert has weight 1.
+    softmax: dense. topk: softmax over the k largest (MoLA). relu: positive logits as they are, which may leave a token
+    without experts (ReMoLE; `ldmole_ds.model.adaptive_l1` keeps it sparse). lora: no router, every weight is 1.
     """
     routers = {
         "sparsegen": lambda: Router(_learned, uses_lambda=True),
         "sparsegen_fixed": lambda: Router(_fixed(fixed_lambda)),
         "softmax": lambda: Router(_softmax),
         "topk": lambda: Router(_topk(topk)),
+        "relu": lambda: Router(_relu),
         "lora": lambda: Router(_ones, uses_gate=False),
     }
     if name not in routers:

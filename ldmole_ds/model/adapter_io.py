@@ -4,6 +4,7 @@
 
     <path>.lora_A (E, r, D)      <path>.lora_B (E, O, r)      <path>.router (E, D)
     lambda_mlp.<key>.{weight_in, bias_in, weight_out, bias_out}      modules_to_save under their own names
+    adaptive_l1.exponent      router relu: where the control of its L1 loss stands
 
 ``<key>`` is the input width (shared) or the input group's name (per layer).
 """
@@ -79,6 +80,8 @@ def gather_adapter_state(model: LDMoLEModel, *, keep: bool = True) -> dict[str, 
     for name, param in _saved_modules(model).items():
         with gathered([param]):
             put(name, param)
+    if model.adaptive_l1 is not None:
+        put("adaptive_l1.exponent", model.adaptive_l1.exponent)
     return state
 
 
@@ -142,40 +145,60 @@ def load_adapter(model: LDMoLEModel, folder: Path) -> None:
     load_state(model, read_state(folder / WEIGHTS_NAME), source=str(folder / WEIGHTS_NAME))
 
 
+def expected_shapes(model: LDMoLEModel) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the model's canonical state; needs no weights and no collective."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for group in model.input_groups:
+        experts = group.num_experts
+        for path, out_features in zip(group.members, group.out_features, strict=True):
+            shapes[f"{path}.lora_A"] = (experts, group.r, group.in_features)
+            shapes[f"{path}.lora_B"] = (experts, out_features, group.r)
+            if group.gate is not None:
+                shapes[f"{path}.router"] = (experts, group.in_features)
+    for key, mlp in _lambda_mlps(model).items():
+        shapes.update({f"lambda_mlp.{key}.{name}": tuple(full_shape(p)) for name, p in mlp.named_parameters()})
+    shapes.update({name: tuple(full_shape(p)) for name, p in _saved_modules(model).items()})
+    if model.adaptive_l1 is not None:
+        shapes["adaptive_l1.exponent"] = ()
+    return shapes
+
+
+def _check_state(model: LDMoLEModel, state: dict[str, Tensor], source: str) -> None:
+    """Refuse a state that does not fit before anything is copied: a refused adapter leaves the model as it was."""
+    expected = expected_shapes(model)
+    for key, shape in expected.items():
+        if key not in state:
+            raise ValueError(f"{source} lacks {key}: it was written for another adapter configuration")
+        if tuple(state[key].shape) != shape:
+            raise ValueError(f"{source}: {key} has shape {tuple(state[key].shape)}, expected {shape}")
+    unknown = sorted(state.keys() - expected.keys())
+    if unknown:
+        raise ValueError(f"{source} holds tensors this model has no place for: {unknown[:4]}")
+
+
 @torch.no_grad()
 def load_state(model: LDMoLEModel, state: dict[str, Tensor], source: str) -> None:
     """Load a canonical state; see `load_adapter`."""
+    _check_state(model, state, source)
     finish_prefetches(model)
-    state = dict(state)
-
-    def take(key: str, shape: tuple[int, ...]) -> Tensor:
-        if key not in state:
-            raise ValueError(f"{source} lacks {key}: it was written for another adapter configuration")
-        value = state.pop(key)
-        if tuple(value.shape) != tuple(shape):
-            raise ValueError(f"{source}: {key} has shape {tuple(value.shape)}, expected {tuple(shape)}")
-        return value
-
     for group in model.input_groups:
         experts = group.topology.local_experts(group.num_experts)
-        held, num_experts = slice(experts.start, experts.stop), group.num_experts
+        held = slice(experts.start, experts.stop)
         with gathered(group.parameters(), modifier_rank=0):
             for g, path in enumerate(group.members):
-                lora_A = take(f"{path}.lora_A", (num_experts, group.r, group.in_features))
-                lora_B = take(f"{path}.lora_B", (num_experts, group.out_features[g], group.r))
-                group.lora_A.data[g].copy_(lora_A[held])
-                group.lora_B[g].data.copy_(lora_B[held].transpose(1, 2))
+                group.lora_A.data[g].copy_(state[f"{path}.lora_A"][held])
+                group.lora_B[g].data.copy_(state[f"{path}.lora_B"][held].transpose(1, 2))
                 if group.gate is not None:
-                    group.gate.data[g].copy_(take(f"{path}.router", (num_experts, group.in_features)))
+                    group.gate.data[g].copy_(state[f"{path}.router"])
     for key, mlp in _lambda_mlps(model).items():
         with gathered(mlp.parameters(), modifier_rank=0):
             for name, param in mlp.named_parameters():
-                param.data.copy_(take(f"lambda_mlp.{key}.{name}", tuple(full_shape(param))))
+                param.data.copy_(state[f"lambda_mlp.{key}.{name}"])
     for name, param in _saved_modules(model).items():
         with gathered([param], modifier_rank=0):
-            param.data.copy_(take(name, tuple(full_shape(param))))
-    if state:
-        raise ValueError(f"{source} holds tensors this model has no place for: {sorted(state)[:4]}")
+            param.data.copy_(state[name])
+    if model.adaptive_l1 is not None:
+        model.adaptive_l1.exponent.copy_(state["adaptive_l1.exponent"])
 
 
 def count_parameters(model: LDMoLEModel) -> dict[str, int]:

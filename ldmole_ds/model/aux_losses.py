@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ldmole_ds.distributed.dispatch import raise_non_finite
 from ldmole_ds.layers import RoutingRecord
+from ldmole_ds.model.adaptive_l1 import AdaptiveL1, balanced_l1_sum
 from ldmole_ds.ops.losses import router_z_sum, sparsity_sum
 
 NAMES = ("sparsity", "load_balancing", "router_z")
@@ -87,9 +88,18 @@ class Normalizer:
 
 
 def auxiliary_losses(
-    batches: list[RoutingBatch], normalizer: Normalizer, *, target_num_experts: int, mask_padding: bool, device
+    batches: list[RoutingBatch],
+    normalizer: Normalizer,
+    *,
+    target_num_experts: int,
+    mask_padding: bool,
+    device: torch.device,
+    adaptive_l1: AdaptiveL1 | None = None,
 ) -> dict[str, Tensor]:
     """Sparsity, load balancing and router z-loss, each the mean over all projections: float32 scalars with graph.
+
+    With ``adaptive_l1`` (ReLU routing) the sparsity loss is its balanced L1 loss, and its weight's control is told how
+    many experts were used.
 
     Raises:
         FloatingPointError: non-finite routing on any rank; names the layer, on every rank.
@@ -123,6 +133,10 @@ def auxiliary_losses(
         if batch.lam_TJ is not None:
             sparsity = sparsity_sum(batch.logits_TJE, batch.lam_TJ, target_num_experts, routed_mask)
             sums["sparsity"] = sums["sparsity"] + factor * (sparsity / routed).sum()
+        if adaptive_l1 is not None:
+            active_JE = active_all[i].view_as(active[i]).float()
+            l1 = balanced_l1_sum(batch.probs_TJE, active_JE, num_tokens_all[i].float(), target_num_experts)
+            sums["sparsity"] = sums["sparsity"] + factor * (l1 / routed).sum()
         sums["router_z"] = sums["router_z"] + factor * (router_z_sum(batch.logits_TJE, routed_mask) / routed).sum()
 
         counts, tokens, scale = active_all[i].view_as(active[i]).float(), num_tokens_all[i].float(), factor
@@ -132,6 +146,10 @@ def auxiliary_losses(
         mean_probs = _counted_probs(batch).sum(0) / tokens.clamp(min=1)
         balance = batch.logits_TJE.shape[-1] * (share * mean_probs).sum()
         sums["load_balancing"] = sums["load_balancing"] + scale / normalizer.accumulation_steps * balance
+    if adaptive_l1 is not None and normalizer.reduce:
+        slots = [len(b.names) * min(target_num_experts, b.logits_TJE.shape[-1]) for b in batches]
+        allowed = sum(n * tokens for n, tokens in zip(slots, num_tokens_all, strict=True))
+        adaptive_l1.observe(sum(a.sum() for a in active_all), allowed, normalizer.accumulation_steps)
     num_projections = sum(len(b.names) for b in batches)
     return {name: value / num_projections for name, value in sums.items()}
 

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from ldmole_ds.config import LDMoLEConfig
-from ldmole_ds.distributed import CommStats, build_dispatcher, expert_parallel
+from ldmole_ds.distributed import CommStats, ExpertParallel, expert_parallel
 from ldmole_ds.layers import AdaptedLinear, InputGroup, LambdaMLP, build_router
 from ldmole_ds.layers.context import ContextHolder
 from ldmole_ds.layers.input_group import seeded_generator
+from ldmole_ds.model.dispatch_plan import DispatchSettings, GroupShape, plan_dispatch
 from ldmole_ds.model.grouping import find_input_groups
+from ldmole_ds.model.layer_experts import expert_counts
 from ldmole_ds.model.ldmole_model import LDMoLEModel
 from ldmole_ds.model.targets import find_targets, left_out_modules, linear_features
 
@@ -27,6 +29,10 @@ def get_ldmole_model(
     seed: int = 0,
     ep_size: int = 1,
     expert_dispatch: str = "tokens",
+    *,
+    dispatch_chunk_tokens: int = 0,
+    tokens_per_rank: int = 4096,
+    accumulation_steps: int = 1,
 ) -> LDMoLEModel:
     """Give a Hugging Face model LoRA experts (in place) and wrap it.
 
@@ -38,7 +44,12 @@ def get_ldmole_model(
         config: The adapter; defaults to `LDMoLEConfig()`.
         seed: Of the adapter's start.
         ep_size: Ranks that share one copy of all experts; above 1 it needs an initialised process group.
-        expert_dispatch: ``tokens`` moves tokens to experts, ``weights`` gathers experts; equal results.
+        expert_dispatch: ``tokens`` moves tokens to experts, ``weights`` gathers experts, ``auto`` chooses for each
+            input group; equal results.
+        dispatch_chunk_tokens: Dispatch at most so many tokens of a rank at once, which bounds memory under any skew; 0
+            is all.
+        tokens_per_rank: Tokens of one micro-step on one rank, for ``auto``.
+        accumulation_steps: Micro-steps per optimizer step, for ``auto``.
 
     Raises:
         ValueError: ``ep_size`` does not divide ranks or experts, no target module matches, or the base model is an
@@ -58,8 +69,6 @@ def get_ldmole_model(
             f"num_experts={config.num_experts} is not divisible by ep_size={ep_size}: change --num_experts, or use an "
             f"--ep_size among {[p for p in range(1, config.num_experts + 1) if config.num_experts % p == 0]}"
         )
-    if topology.ep_size > 1 and not topology.partitions(config.num_experts):
-        logger.warning("%d experts per layer stay replicated on all ranks: ep_size has no effect", config.num_experts)
     targets = find_targets(base_model, config.target_modules, config.modules_to_save)
     if config.target_modules == "all-linear" and topology.rank == 0:
         left_out = left_out_modules(base_model, targets, config.modules_to_save)
@@ -67,21 +76,33 @@ def get_ldmole_model(
             logger.warning("all-linear leaves these parts of the base model alone: %s", "; ".join(left_out))
     groups = _checked_groups(config, targets) or find_input_groups(base_model, targets, config.input_groups)
     config = dataclasses.replace(config, projection_groups=copy.deepcopy(groups))
+    experts_of = expert_counts(config, [members[0] for members in groups])
+    _tell_replicated(topology, experts_of)
 
-    if config.sparsity_loss_weight and config.router != "sparsegen":
+    if config.sparsity_loss_weight and config.router not in ("sparsegen", "relu"):
         logger.warning("sparsity_loss_weight has no effect on router %s, which has no learned lambda", config.router)
     base_model.requires_grad_(False)
     holder, stats = ContextHolder(), CommStats()
     router = build_router(config.router, fixed_lambda=config.fixed_lambda, topk=config.topk)
-    dispatcher = build_dispatcher(topology, config.num_experts, expert_dispatch, stats)
-    lambda_mlps: dict[str, LambdaMLP] = {}
-    input_groups = []
+    shapes = []
     for members in groups:
         features = [linear_features(targets[name]) for name in members]
-        in_features, out_features = features[0][0], [f[1] for f in features]
-        weight = targets[members[0]].weight
-        dtype = getattr(torch, config.adapter_dtype) if config.adapter_dtype else weight.dtype
-        name = _group_name(members)
+        shapes.append(GroupShape(experts_of[members[0]], features[0][0], [f[1] for f in features]))
+    first = targets[groups[0][0]].weight
+    dispatchers, dispatch_text = plan_dispatch(
+        DispatchSettings(expert_dispatch, dispatch_chunk_tokens, tokens_per_rank, accumulation_steps),
+        shapes,
+        config,
+        topology,
+        stats,
+        itemsize=_adapter_dtype(config, first).itemsize,
+        device=first.device,
+    )
+    lambda_mlps: dict[str, LambdaMLP] = {}
+    input_groups = []
+    for members, shape, dispatcher in zip(groups, shapes, dispatchers, strict=True):
+        in_features, name, weight = shape.in_features, _group_name(members), targets[members[0]].weight
+        dtype = _adapter_dtype(config, weight)
         lambda_mlp = None
         if router.uses_lambda:
             shared = config.lambda_sharing == "shared"
@@ -100,8 +121,8 @@ def get_ldmole_model(
             name=name,
             members=members,
             in_features=in_features,
-            out_features=out_features,
-            num_experts=config.num_experts,
+            out_features=shape.out_features,
+            num_experts=shape.num_experts,
             r=config.r,
             scaling=config.scaling,
             dropout=config.lora_dropout,
@@ -121,7 +142,25 @@ def get_ldmole_model(
             _replace(base_model, path, AdaptedLinear(targets[path], group, member))
     _train_in_full(base_model, config.modules_to_save)
     shared_mlps = lambda_mlps if config.lambda_sharing == "shared" else {}
-    return LDMoLEModel(base_model, config, input_groups, shared_mlps, topology, holder, stats, expert_dispatch)
+    return LDMoLEModel(base_model, config, input_groups, shared_mlps, topology, holder, stats, dispatch_text)
+
+
+def _adapter_dtype(config: LDMoLEConfig, weight: torch.Tensor) -> torch.dtype:
+    return getattr(torch, config.adapter_dtype) if config.adapter_dtype else weight.dtype
+
+
+def _tell_replicated(topology: ExpertParallel, experts_of: dict[str, int]) -> None:
+    """Say which layers expert parallelism leaves whole on every rank."""
+    whole = sorted({n for n in experts_of.values() if topology.ep_size > 1 and not topology.partitions(n)})
+    if whole:
+        layers = sum(n in whole for n in experts_of.values())
+        logger.warning(
+            "%d of %d input groups have %s experts, which ep_size=%d does not divide: replicated on all ranks",
+            layers,
+            len(experts_of),
+            " or ".join(map(str, whole)),
+            topology.ep_size,
+        )
 
 
 def _checked_groups(config: LDMoLEConfig, targets: dict[str, nn.Module]) -> list[list[str]] | None:

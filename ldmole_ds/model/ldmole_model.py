@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import inspect
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +13,13 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from ldmole_ds.config import LDMoLEConfig
-from ldmole_ds.distributed import CommStats, ExpertParallel
+from ldmole_ds.distributed import CommStats, ExpertParallel, WeightGatherDispatcher
 from ldmole_ds.layers import AdaptedLinear, ForwardContext, InputGroup, LambdaMLP
 from ldmole_ds.layers.context import ContextHolder
 from ldmole_ds.model import adapter_io, reference_adapter
+from ldmole_ds.model.adaptive_l1 import AdaptiveL1
 from ldmole_ds.model.aux_losses import Normalizer, RoutingBatch, auxiliary_losses
+from ldmole_ds.model.hf_facade import adopt_signature, padding_mask_of, with_aux_losses
 from ldmole_ds.model.routing_stats import RoutingStatistics
 
 REENTRANT_REFUSED = (
@@ -42,8 +41,10 @@ class LDMoLEModel(nn.Module):
         input_groups: Owners of all router and expert parameters.
         lambda_mlps: The shared lambda MLPs by input width (empty with ``lambda_sharing="per_layer"``).
         topology: The expert-parallel layout.
+        expert_dispatch: How tokens and experts meet: tokens, weights, or what ``auto`` chose and why.
         comm_stats: Calls, rows and bytes of the expert-parallel collectives so far.
         routing: Routing statistics since the last reset.
+        adaptive_l1: Control of the L1 loss of router relu, else None.
     """
 
     def __init__(
@@ -64,10 +65,19 @@ class LDMoLEModel(nn.Module):
         self.lambda_mlps = nn.ModuleDict(lambda_mlps)
         self.topology, self.comm_stats, self.expert_dispatch = topology, comm_stats, expert_dispatch
         self.routing = RoutingStatistics({g.name: g.members for g in input_groups})
+        self.adaptive_l1: AdaptiveL1 | None = None
+        if adapter_config.router == "relu":
+            control = (adapter_config.l1_initial_weight, adapter_config.l1_growth, adapter_config.target_num_experts)
+            self.adaptive_l1 = AdaptiveL1(*control, device=self._loss_device())
+        # In the order of the model, which is that of all ranks.
+        gathering = dict.fromkeys(
+            g.dispatcher for g in input_groups if isinstance(g.dispatcher, WeightGatherDispatcher)
+        )
+        self._gathering = [(d, [g for g in input_groups if g.dispatcher is d]) for d in gathering]
         self._holder = holder
         base_model.register_forward_pre_hook(self._open_context, with_kwargs=True)
         base_model.register_forward_hook(self._close_context, always_call=True)
-        _adopt_signature(self, base_model)
+        adopt_signature(self, base_model)
         config = getattr(base_model, "config", None)
         if config is not None:
             ignored = list(getattr(config, "keys_to_ignore_at_inference", None) or ["past_key_values"])
@@ -98,7 +108,7 @@ class LDMoLEModel(nn.Module):
         Raises:
             FloatingPointError: Non-finite routing, on every rank, naming the layer.
         """
-        bound, context = self._begin(args, kwargs)
+        bound, context = self._begin(args, kwargs, gradient_accumulation_steps if self.training else 1)
         try:
             with self._holder.use(context):
                 outputs = self.base_model(*args, **kwargs)
@@ -107,9 +117,13 @@ class LDMoLEModel(nn.Module):
         return self._finish(outputs, context, bound, num_routed_tokens, gradient_accumulation_steps)
 
     @torch.compiler.disable
-    def _begin(self, args: tuple, kwargs: dict) -> tuple[dict[str, Any], ForwardContext]:
+    def _begin(self, args: tuple, kwargs: dict, accumulation_steps: int) -> tuple[dict[str, Any], ForwardContext]:
         bound = self._bind(args, kwargs)
-        return bound, ForwardContext(padding_mask=_padding_mask(bound.get("attention_mask")))
+        self.comm_stats.step += self.training
+        for dispatcher, groups in self._gathering:
+            experts = {group.name: group.expert_parameters() for group in groups}
+            dispatcher.begin_pass(experts, accumulation_steps)
+        return bound, ForwardContext(padding_mask=padding_mask_of(bound.get("attention_mask")))
 
     @torch.compiler.disable
     def _finish(
@@ -140,6 +154,7 @@ class LDMoLEModel(nn.Module):
             target_num_experts=config.target_num_experts,
             mask_padding=config.mask_padding,
             device=self._loss_device(),
+            adaptive_l1=self.adaptive_l1,
         )
         return self._add_losses(outputs, losses)
 
@@ -162,11 +177,15 @@ class LDMoLEModel(nn.Module):
         return (outputs[0] + self.weighted(losses), *outputs[1:])
 
     def weighted(self, losses: dict[str, Tensor]) -> Tensor:
-        """The sum of the auxiliary losses, weighted as configured."""
-        config = self.adapter_config
+        """The sum of the auxiliary losses, weighted as configured.
+
+        Router relu: the L1 loss has the weight that its control found, and does the balancing as well. The balance loss
+        assumes weights that sum to 1; on others it would be a second L1 loss.
+        """
+        config, l1 = self.adapter_config, self.adaptive_l1
         weights = {
-            "sparsity": config.sparsity_loss_weight,
-            "load_balancing": config.load_balancing_loss_weight,
+            "sparsity": config.sparsity_loss_weight if l1 is None else l1.weight,
+            "load_balancing": config.load_balancing_loss_weight if l1 is None else 0.0,
             "router_z": config.router_z_loss_weight,
         }
         return sum(weight * losses[name] for name, weight in weights.items())
@@ -175,7 +194,7 @@ class LDMoLEModel(nn.Module):
         """Calls that bypass our forward (``generate``) still see their padding mask; they record nothing."""
         if self._holder.current is None:
             mask = self._bind(args, kwargs).get("attention_mask")
-            self._holder.current = ForwardContext(padding_mask=_padding_mask(mask), recording=False)
+            self._holder.current = ForwardContext(padding_mask=padding_mask_of(mask), recording=False)
             self._opened_by_hook = True
 
     def _close_context(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -269,30 +288,3 @@ class LDMoLEModel(nn.Module):
     def load_reference_adapter(self, state_dict_or_path: dict[str, Tensor] | str | Path) -> None:
         """Load weights written by the authors' code; see `reference_adapter`."""
         reference_adapter.load_reference_adapter(self, state_dict_or_path)
-
-
-@functools.cache
-def with_aux_losses(output_type: type[ModelOutput]) -> type[ModelOutput]:
-    """The model's output class with one more item, ``aux_losses``: a registered pytree, as DDP and others need."""
-    item = ("aux_losses", dict | None, dataclasses.field(default=None))
-    return dataclasses.make_dataclass(f"{output_type.__name__}WithAuxLosses", [item], bases=(output_type,))
-
-
-def _padding_mask(attention_mask: Any) -> Tensor | None:
-    """``(B, S)`` bool from a two-dimensional attention mask; None for other shapes, or no mask."""
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-        return None
-    return attention_mask != 0
-
-
-def _adopt_signature(model: LDMoLEModel, base_model: nn.Module) -> None:
-    """``inspect.signature(model.forward)`` is that of the base model: the Trainer reads it to keep columns."""
-
-    @torch.compiler.disable(recursive=False)
-    def forward(self: LDMoLEModel, *args: Any, **kwargs: Any) -> Any:
-        return LDMoLEModel.forward(self, *args, **kwargs)
-
-    parameters = list(inspect.signature(base_model.forward).parameters.values())
-    self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    forward.__signature__ = inspect.Signature([self_parameter, *parameters])
-    model.forward = types.MethodType(forward, model)

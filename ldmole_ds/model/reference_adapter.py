@@ -68,17 +68,37 @@ def convert_reference_state(model: LDMoLEModel, state: dict[str, Tensor]) -> dic
 
 
 def load_reference_adapter(model: LDMoLEModel, state_dict_or_path: dict[str, Tensor] | str | Path) -> None:
-    """Load weights written by the authors' code: a state dict, a ``.safetensors`` file, or a ``.bin`` file.
+    """Load weights written by the authors' code: a state dict, a ``.safetensors`` file, or a pickled ``.bin`` file.
 
-    Pickled files are read with ``weights_only=True`` alone.
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, holds anything but tensors, or does not fit the model.
     """
     source = "the reference adapter"
     state = state_dict_or_path
     if not isinstance(state, dict):
         path = Path(state)
         source = str(path)
-        if path.suffix == ".safetensors":
-            state = adapter_io.read_state(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a file: give the .safetensors or .bin file the authors' code wrote")
+        state = adapter_io.read_state(path) if path.suffix == ".safetensors" else _read_pickled(path)
     adapter_io.load_state(model, convert_reference_state(model, state), source=source)
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    """A file of `torch.save`, with ``weights_only=True`` alone: whatever else is pickled in it is never built."""
+    remedy = "restore it from a good copy, or have it converted to a .safetensors file by someone who trusts it"
+    with open(path, "rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
+        except Exception:
+            # Damaged bytes raise errors of many types. Torch's own advice is to unpickle everything: not passed on.
+            raise ValueError(
+                f"{path} is damaged or pickles more than tensors, which is never loaded: {remedy}"
+            ) from None
+    is_dict = isinstance(state, dict)
+    if not is_dict or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise ValueError(f"{path} holds no state dict (a dict of names and tensors) but something else: {remedy}")
+    return state

@@ -1,4 +1,4 @@
-"""The command line: five groups of settings, from flags, from a YAML or JSON file, or both.
+"""The command line: six groups of settings, from flags, from a YAML or JSON file, or both.
 
 Adapter settings are generated from `LDMoLEConfig`, so that no key is written down twice; training settings are
 Hugging Face's own `TrainingArguments`.
@@ -7,18 +7,18 @@ Hugging Face's own `TrainingArguments`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import typing
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, Namespace
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from ldmole_ds.config import EXPERT_DISPATCH, LDMoLEConfig
+from ldmole_ds.config import EXPERT_DISPATCH, PRESETS, LDMoLEConfig
+from ldmole_ds.training.batch import BatchArguments
 from ldmole_ds.training.runtime import UserError
+from ldmole_ds.training.settings_file import as_argv, read_settings_file
 
 _NOT_FLAGS = {"base_model_name_or_path", "base_model_revision", "projection_groups"}
 # Shown by --help; every other TrainingArguments flag works too and is shown by --help_all.
@@ -93,8 +93,12 @@ class LayoutArguments:
     )
     expert_dispatch: str = _field(
         "tokens",
-        "tokens: tokens travel to the experts (all-to-all). weights: experts are gathered to the tokens. Same results.",
+        "tokens: tokens travel to the experts (all-to-all). weights: experts are gathered to the tokens. auto: the "
+        "faster one, by sizes and a measurement of the link. Same results.",
         choices=EXPERT_DISPATCH,
+    )
+    dispatch_chunk_tokens: int = _field(
+        0, "Dispatch at most so many tokens of a rank at once, which bounds memory under any skew. 0: all at once."
     )
     overwrite_output_dir: bool = _field(False, "Write into an output folder that already holds a run.")
 
@@ -110,6 +114,8 @@ def _adapter_arguments() -> type:
             fields.append((f.name, list[str], default))
         else:
             fields.append((f.name, hints[f.name], field(default=f.default, metadata=dict(f.metadata))))
+    text = f"Named adapter settings, which any flag overrides: {', '.join(PRESETS)}; see docs/method.md."
+    fields.append(("preset", str | None, _field(None, text)))
     namespace = {"_argument_group_name": "adapter", "__doc__": "The adapter: fields of `LDMoLEConfig`."}
     return make_dataclass("AdapterArguments", fields, namespace=namespace)
 
@@ -162,7 +168,7 @@ USAGE = """%(prog)s [run.yaml] [--flag value ...]
 def build_parser(*, all_flags: bool = False) -> HfArgumentParser:
     """The parser; with ``all_flags`` its help lists every TrainingArguments flag."""
     parser = HfArgumentParser(
-        (ModelArguments, DataArguments, AdapterArguments, LayoutArguments, LDMoLETrainingArguments),
+        (ModelArguments, DataArguments, AdapterArguments, LayoutArguments, BatchArguments, LDMoLETrainingArguments),
         prog="launch/train.py",
         usage=USAGE,
         formatter_class=_Formatter,
@@ -176,38 +182,6 @@ def build_parser(*, all_flags: bool = False) -> HfArgumentParser:
             if action.dest in training and action.dest not in _COMMON_TRAINING_FLAGS or action.dest.startswith("no_"):
                 action.help = SUPPRESS
     return parser
-
-
-def read_settings_file(path: Path) -> dict:
-    """A flat YAML or JSON mapping of flags without their dashes."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: give a YAML or JSON file of settings, or flags only")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML or JSON: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a mapping of settings, such as `r: 16`")
-    return values
-
-
-def _as_argv(values: dict, known: set[str], path: Path) -> list[str]:
-    argv: list[str] = []
-    for key, value in values.items():
-        if key not in known:
-            import difflib
-
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f": did you mean {close[0]}?" if close else ": see --help_all"
-            raise UserError(f"{path}: unknown setting {key!r}{hint}")
-        if value is None:
-            continue
-        argv.append(f"--{key}")
-        if isinstance(value, list):
-            argv.extend(map(str, value))
-        else:
-            argv.append(json.dumps(value) if isinstance(value, dict) else str(value))
-    return argv
 
 
 def parse_flags(argv: list[str], demo_defaults: dict | None = None) -> Namespace:
@@ -226,21 +200,29 @@ def parse_flags(argv: list[str], demo_defaults: dict | None = None) -> Namespace
     argv = [a for a in argv if not a.startswith("--local_rank")]
     if argv and not argv[0].startswith("-"):
         path = Path(argv[0])
-        argv = [*_as_argv(read_settings_file(path), known, path), *argv[1:]]
+        argv = [*as_argv(read_settings_file(path), known, path), *argv[1:]]
     given = {a[2:].split("=")[0] for a in argv if a.startswith("--")}
     embedded = not given & {"train_file", "dataset_name", "validation_file"}
     # --help shows the defaults that hold for one's own data.
     if embedded and demo_defaults and not {"-h", "--help", "--help_all"} & set(argv):
         parser.set_defaults(**demo_defaults)
+    parser.set_defaults(**_preset(parser.parse_known_args(argv)[0].preset))
     flags, rest = parser.parse_known_args(argv)
     if rest:
         raise UserError(f"unknown argument {' '.join(rest)}: see --help, or --help_all for Hugging Face's flags")
     return flags
 
 
+def _preset(name: str | None) -> dict:
+    if name is not None and name not in PRESETS:
+        raise UserError(f"--preset {name} is not known: use one of {', '.join(PRESETS)}")
+    return PRESETS[name] if name else {}
+
+
 def adapter_config(flags: Namespace) -> LDMoLEConfig:
     """`LDMoLEConfig` from parsed flags."""
-    values = {f.name: getattr(flags, f.name) for f in dataclasses.fields(AdapterArguments)}
+    names = {f.name for f in dataclasses.fields(LDMoLEConfig)} - _NOT_FLAGS
+    values = {name: getattr(flags, name) for name in names}
     targets = values["target_modules"]
     # One word is 'all-linear' or a regular expression if it looks like one, else a name.
     if len(targets) == 1 and (targets[0] == "all-linear" or any(c in targets[0] for c in ".*[](|)\\^$")):

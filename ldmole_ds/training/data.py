@@ -42,6 +42,11 @@ class ChoiceData:
     description: str
     label_words: list[str] | None
 
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest training row, answer included."""
+        return max(len(q.prompt_ids) + max(map(len, q.candidate_ids)) for q in self.train.questions)
+
 
 def demo_data_defaults() -> dict[str, str]:
     """The embedded run's data as argument defaults."""

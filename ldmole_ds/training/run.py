@@ -30,6 +30,7 @@ from ldmole_ds.training.arguments import (
     adapter_config,
     build,
 )
+from ldmole_ds.training.batch import BatchArguments, accumulation_steps, scaled_learning_rate
 from ldmole_ds.training.callbacks import GroupTimeoutCallback
 from ldmole_ds.training.data import ChoiceData, load_choice_data
 from ldmole_ds.training.ds_config import check_ds_config, check_precision, read_ds_config
@@ -83,7 +84,7 @@ def train(flags: Namespace) -> None:
         base = load_base_model(**model_source(settings["model"]), dtype=settings["model"].dtype,
                                attn_implementation=settings["model"].attn_implementation)  # fmt: skip
     with agreed("adapter"):
-        model = build_model(base, config, settings)
+        model = build_model(base, config, data, settings)
     with agreed("trainer"):
         trainer = build_trainer(model, tokenizer, data, training)
     if is_main_process():
@@ -124,10 +125,17 @@ def build_settings(flags: Namespace, device: str) -> dict[str, Any]:
     if flags.max_eval_samples is None and not (flags.validation_file or flags.dataset_name):
         overrides.update(eval_on_start=False)
     with agreed("training arguments"):
+        batch, world_size = build(flags, BatchArguments), dist.get_world_size() if dist.is_initialized() else 1
+        micro = flags.per_device_train_batch_size
+        accumulation = accumulation_steps(batch, micro, flags.gradient_accumulation_steps, world_size)
+        overrides["gradient_accumulation_steps"] = accumulation
+        rows = micro * accumulation * world_size
+        overrides["learning_rate"] = scaled_learning_rate(batch, flags.learning_rate, rows)
         return {
             "model": build(flags, ModelArguments),
             "data": build(flags, DataArguments),
             "layout": build(flags, LayoutArguments),
+            "batch": batch,
             "training": build(flags, LDMoLETrainingArguments, **overrides),
         }
 
@@ -158,7 +166,7 @@ def load_data(settings: dict[str, Any]) -> tuple[Any, ChoiceData]:
     return tokenizer, data
 
 
-def build_model(base: Any, config: LDMoLEConfig, settings: dict[str, Any]) -> LDMoLEModel:
+def build_model(base: Any, config: LDMoLEConfig, data: ChoiceData, settings: dict[str, Any]) -> LDMoLEModel:
     """The wrapped model in the run's layout; adapters are float32 unless the engine is bf16 or fp16."""
     training, source = settings["training"], settings["model"]
     engine_dtype = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
@@ -174,7 +182,16 @@ def build_model(base: Any, config: LDMoLEConfig, settings: dict[str, Any]) -> LD
         base_model_name_or_path=name,
         base_model_revision=source.revision,
     )
-    return get_ldmole_model(base, config, training.seed, ep_size, settings["layout"].expert_dispatch)
+    return get_ldmole_model(
+        base,
+        config,
+        training.seed,
+        ep_size,
+        settings["layout"].expert_dispatch,
+        dispatch_chunk_tokens=settings["layout"].dispatch_chunk_tokens,
+        tokens_per_rank=training.per_device_train_batch_size * data.longest_row,
+        accumulation_steps=training.gradient_accumulation_steps,
+    )
 
 
 def choice_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -218,7 +235,7 @@ def startup_table(model: LDMoLEModel, data: ChoiceData, training: LDMoLETraining
             f"layout    {topology.world_size} ranks, ep_size {topology.ep_size}: {held} of {config.num_experts} "
             f"experts on each rank, expert_dispatch {model.expert_dispatch}",
             f"batch     {micro} rows x {accumulation} accumulation x {topology.world_size} ranks = "
-            f"{micro * accumulation * topology.world_size} rows a step",
+            f"{micro * accumulation * topology.world_size} rows a step, learning rate {training.learning_rate:g}",
         ]
     )
 

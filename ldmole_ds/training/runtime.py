@@ -17,6 +17,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from ldmole_ds.distributed import PeerError
+
 # What users can get wrong, and our own clear sentences; anything else keeps its traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError, NotImplementedError, ImportError)
 
@@ -157,7 +159,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         if is_main_process():
             print(f"error: {error}", file=sys.stderr, flush=True)
         _leave(2)
-    except FloatingPointError as error:
+    except (FloatingPointError, PeerError) as error:
         print(f"error on rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
         _leave(1)
     except Exception:

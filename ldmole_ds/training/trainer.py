@@ -52,9 +52,6 @@ class LDMoLETrainer(Trainer):
         self._window: dict[str, Any] = {"tokens": 0, "start": time.perf_counter(), "losses": {}, "step": 0}
         self.tokens_timed, self.train_seconds = 0, 0.0
         check_trainable(model, self.args, self._zero_stage)
-        if self._zero_stage in (1, 2) and model.topology.ep_size > 1 and not hasattr(model, "expert_parallel_marker"):
-            marker = deepspeed_groups.moe_marker(model.adapter_config.num_experts, model.topology.ep_size)
-            model.add_module("expert_parallel_marker", marker)
 
     @property
     def _zero_stage(self) -> int | None:

@@ -6,6 +6,8 @@ Everything is float64, so that another order of summation cannot hide a lost tok
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from ldmole_ds.distributed import (
@@ -25,6 +27,7 @@ DISPATCHERS = {
     "tokens": AllToAllTokenDispatcher,
     "reference": ReferenceTokenDispatcher,
     "weights": WeightGatherDispatcher,
+    "tokens, two at a time": functools.partial(AllToAllTokenDispatcher, chunk_tokens=2),
 }
 
 

@@ -11,13 +11,9 @@ from tests.tiny import ragged_batch, tiny_config, tiny_llama, tiny_model
 def train_and_save(rank: int, world_size: int, folder: str, stages: list[int]) -> list[torch.Tensor]:
     import deepspeed
 
-    from ldmole_ds.distributed.deepspeed_groups import moe_marker
-
     logits = []
     for stage in stages:
         model = tiny_model(tiny_config(lora_dropout=0.1), ep_size=world_size)
-        if stage in (1, 2):
-            model.add_module("marker", moe_marker(8, world_size))
         optimizer = torch.optim.AdamW(ldmole_param_groups(model), lr=1e-2)
         config = {
             "train_micro_batch_size_per_gpu": 1,

@@ -1,31 +1,16 @@
 """Adapters in the authors' key layout, written here from a wrapped model and read into another one."""
 
+import traceback
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from ldmole_ds.model import get_ldmole_model
+from tests.model.authors_keys import authors_state
 from tests.tiny import ragged_batch, tiny_config, tiny_llama, tiny_model
 
-MLP = {"weight_in": "0.weight", "bias_in": "0.bias", "weight_out": "2.weight", "bias_out": "2.bias"}
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
-
-
-def authors_state(model):
-    """One tensor per expert; under every layer its router, and a copy of the lambda MLPs of *every* width."""
-    state = {}
-    for group in model.input_groups:
-        for g, path in enumerate(group.members):
-            prefix = f"base_model.model.{path}."
-            for i in range(group.num_experts):
-                state[f"{prefix}lora_A{i}.weight"] = group.lora_A[g, i]
-                state[f"{prefix}lora_B{i}.weight"] = group.lora_B[g][i].t()
-            state[f"{prefix}lora_route.weight"] = group.gate[g]
-            mlps = dict(model.lambda_mlps.items()) or {str(group.in_features): group.lambda_mlp}
-            for width, mlp in mlps.items():
-                for ours, theirs in MLP.items():
-                    state[f"{prefix}sparsegen.mlp.proj_layers.{width}.{theirs}"] = getattr(mlp, ours)
-    return {key: value.detach().clone().contiguous() for key, value in state.items()}
 
 
 def logits(model):
@@ -82,8 +67,47 @@ class Payload:
         return (print, ("code from a file",))
 
 
-def test_pickled_code_is_never_run(tmp_path, capsys):
-    torch.save({"weights": Payload()}, tmp_path / "adapter.bin")
-    with pytest.raises(Exception, match="[Ww]eights.only"):
-        tiny_model().load_reference_adapter(tmp_path / "adapter.bin")
+def refused(path):
+    with pytest.raises(ValueError) as raised:
+        tiny_model().load_reference_adapter(path)
+    message = str(raised.value)
+    assert message.startswith(str(path)) and "\n" not in message and ".safetensors" in message
+    # Torch's own message advises to unpickle everything.
+    assert "UnpicklingError" not in "".join(traceback.format_exception(raised.value))
+    return message
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("wrap", [lambda p: p, lambda p: {"weights": p}, lambda p: {p: torch.zeros(1)}])
+def test_pickled_code_is_never_run(tmp_path, capsys, zipped, wrap):
+    path = tmp_path / "adapter.bin"
+    torch.save(wrap(Payload()), path, _use_new_zipfile_serialization=zipped)
+    assert "pickles more than tensors" in refused(path)
     assert "code from a file" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content", [["a", "list"], torch.zeros(3), {"step": 3}, {0: torch.zeros(3)}, {"nested": {"a": torch.zeros(3)}}]
+)
+def test_what_is_no_state_dict_is_refused(tmp_path, content):
+    path = tmp_path / "adapter.bin"
+    torch.save(content, path)
+    assert "holds no state dict" in refused(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("kept", [0, 0.001, 0.3, 0.9])
+def test_a_damaged_file_is_refused(tmp_path, zipped, kept):
+    path = tmp_path / "adapter.bin"
+    torch.save({"a": torch.randn(1000), "b": torch.randn(1000)}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+    assert "is damaged" in refused(path)
+    path.write_bytes(bytes(range(1, 256)) * 20)
+    assert "is damaged" in refused(path)
+
+
+def test_a_missing_file(tmp_path):
+    for path in (tmp_path / "adapter.bin", tmp_path / "adapter.safetensors", tmp_path):
+        with pytest.raises(FileNotFoundError, match="is not a file: give the .safetensors or .bin file"):
+            tiny_model().load_reference_adapter(path)

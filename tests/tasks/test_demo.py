@@ -53,9 +53,8 @@ def test_demo_reads_as_questions_with_a_word_for_each_domain():
     questions = read_questions(files["test"], labels=labels, label_words=words)
     assert questions[0].candidates == tuple(f" {words[label]}" for label in sorted(DOMAINS))
     row = rows_of(files["test"])[0]
-    assert questions[0].prompt == (
-        f"Topics: car, bank, credit, home, food, assistant, chat, travel, tools, work\n\nMessage: {row['text']}\nTopic:"
-    )
+    topics = "car, banking, credit, home, food, assistant, chat, travel, utility, work"
+    assert questions[0].prompt == f"Topics: {topics}\n\nMessage: {row['text']}\nTopic:"
     assert questions[0].candidates[questions[0].gold] == f" {words[row['label']]}"
 
 

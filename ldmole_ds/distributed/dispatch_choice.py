@@ -1,0 +1,124 @@
+"""``--expert_dispatch auto``: per input group, move tokens or move weights, whichever the link makes cheaper.
+
+Sent by one rank, forward and backward of one micro-step, with T tokens per rank, P = ep_size, E experts of rank r, and
+a group of G projections that read D values and write O in sum:
+
+    tokens     5 exchanges, 2 T f (D + G E/P + O) values       f = remote ranks that a token visits, on average
+    weights    2 collectives, (1 + 1/accumulation) (P - 1) (E/P) r (G D + O) values
+
+A collective takes a latency plus its bytes over the bandwidth; both are measured on the link at the start and broadcast
+from rank 0, so that every rank decides alike. The expert products are the same work either way.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ldmole_ds.distributed.topology import ExpertParallel
+
+_PROBE_BYTES, _PROBE_ROUNDS = 1 << 20, 5
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a collective of the EP group costs: ``latency`` in seconds, ``bandwidth`` in bytes per second and rank."""
+
+    latency: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes that decide, as configured; the same on every rank.
+
+    Attributes:
+        tokens: Of one micro-step on one rank, T: batch size times longest length.
+        active_experts: Experts that a token is expected to use per projection.
+        accumulation_steps: Micro-steps per optimizer step.
+        itemsize: Bytes of a value.
+    """
+
+    tokens: int
+    active_experts: float
+    accumulation_steps: int = 1
+    itemsize: int = 4
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The decision for a group, with what it rests on: seconds and bytes of a micro-step for both."""
+
+    mode: str
+    tokens_seconds: float
+    weights_seconds: float
+    tokens_bytes: float
+    weights_bytes: float
+
+
+def measure_link(topology: ExpertParallel, device: torch.device) -> Link:
+    """Latency and bandwidth of an all-to-all in the EP group: medians, those of rank 0 for everyone. Collective."""
+
+    def median_seconds(num_bytes: int) -> float:
+        out = torch.empty(num_bytes // 4 // topology.ep_size * topology.ep_size, device=device)
+        data, times = torch.zeros_like(out), []
+        for _ in range(_PROBE_ROUNDS + 1):
+            begin = time.perf_counter()
+            dist.all_to_all_single(out, data, group=topology.ep_group)
+            out[:1].cpu()  # wait for the device
+            times.append(time.perf_counter() - begin)
+        return sorted(times[1:])[_PROBE_ROUNDS // 2]
+
+    latency = median_seconds(4 * topology.ep_size)
+    seconds = max(median_seconds(_PROBE_BYTES) - latency, 1e-9)
+    sent = _PROBE_BYTES * (topology.ep_size - 1) / topology.ep_size
+    figures = torch.tensor([latency, sent / seconds], dtype=torch.float64, device=device)
+    dist.broadcast(figures, src=0)
+    return Link(*figures.tolist())
+
+
+def remote_ranks(ep_size: int, num_experts: int, num_projections: int, active_experts: float) -> float:
+    """Expected number of other ranks that a token visits, with experts drawn evenly for every projection."""
+    share = min(active_experts / num_experts, 1.0)
+    return (ep_size - 1) * (1 - (1 - share) ** (num_projections * num_experts / ep_size))
+
+
+def choose_dispatch(
+    workload: Workload,
+    link: Link,
+    *,
+    ep_size: int,
+    num_experts: int,
+    r: int,
+    in_features: int,
+    out_features: list[int],
+) -> Choice:
+    """The cheaper of tokens and weights for one input group; arguments as in `InputGroup`."""
+    g, o, e = len(out_features), sum(out_features), num_experts // ep_size
+    visits = workload.tokens * remote_ranks(ep_size, num_experts, g, workload.active_experts)
+    tokens_bytes = 2 * visits * (in_features + g * e + o) * workload.itemsize
+    rounds = 1 + 1 / workload.accumulation_steps
+    weights_bytes = rounds * (ep_size - 1) * e * r * (g * in_features + o) * workload.itemsize
+    tokens_seconds = 5 * link.latency + tokens_bytes / link.bandwidth
+    weights_seconds = rounds * link.latency + weights_bytes / link.bandwidth
+    mode = "tokens" if tokens_seconds < weights_seconds else "weights"
+    return Choice(mode, tokens_seconds, weights_seconds, tokens_bytes, weights_bytes)
+
+
+def explain(choices: list[Choice], workload: Workload, link: Link) -> str:
+    """What was chosen and why, in a sentence or two."""
+    moved = sum(c.mode == "tokens" for c in choices)
+
+    def total(name: str) -> float:
+        return sum(getattr(c, name) for c in choices)
+
+    return (
+        f"auto: tokens for {moved} of {len(choices)} input groups, weights for {len(choices) - moved}. Expected per "
+        f"micro-step of {workload.tokens} tokens per rank with {workload.active_experts:g} experts in use: tokens "
+        f"{total('tokens_bytes') / 1e6:.1f} MB in {total('tokens_seconds') * 1e3:.1f} ms, weights "
+        f"{total('weights_bytes') / 1e6:.1f} MB in {total('weights_seconds') * 1e3:.1f} ms "
+        f"(link: {link.latency * 1e6:.0f} us, {link.bandwidth / 1e9:.2f} GB/s)"
+    )

@@ -1,0 +1,90 @@
+"""The contract: the layout never changes the training. The whole matrix is `benchmarks/parity_matrix.py`.
+
+Every cell trains five AdamW steps on one global batch, split unevenly over ranks, with clipping active, all auxiliary
+losses on, a shared lambda MLP, awake experts and one idle expert, and must equal a single dense process that computes
+every expert by einsum and uses no DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ldmole_ds.parity import Cell, default_cells, full_matrix, judge, run_cells, verdict_table
+from ldmole_ds.parity import dense_run as run_dense
+from ldmole_ds.parity.cells import AXES, DTYPES, LAYOUTS, STAGES
+from ldmole_ds.parity.compare import check_dense
+from tests.distributed_utils import run_distributed
+
+dense_run = functools.cache(run_dense)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_dense_reference_is_worth_comparing_with(accumulation):
+    check_dense(dense_run(accumulation))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_layout_does_not_change_training(world_size):
+    cells = [cell for cell in default_cells() if cell.world_size == world_size]
+    per_rank = run_distributed(run_cells, world_size, cells, deepspeed=True, timeout_s=600)
+    for runs in per_rank:
+        by_cell = dict(zip(cells, runs, strict=True))
+        verdicts = [
+            judge(cell, run, dense_run(cell.accumulation, cell.router), by_cell.get(cell.counterpart()))
+            for cell, run in by_cell.items()
+        ]
+        assert all(v.passed for v in verdicts), "\n" + verdict_table([v for v in verdicts if not v.passed])
+        # Tokens or weights travelled wherever experts are partitioned.
+        for cell, run in by_cell.items():
+            assert (run.bytes_sent > 0) == (cell.ep_size > 1 and cell.router != "lora"), cell
+
+
+def test_a_wrong_run_does_not_pass():
+    dense, cell = dense_run(), Cell((2, 2), "2")
+    assert judge(cell, dense, dense, None).passed
+    key = next(iter(dense.state))
+    tensor = {**dense.state, key: dense.state[key] * (1 + 3e-5)}
+    missing = {k: v for k, v in dense.state.items() if k != key}
+    for changes in (
+        {"losses": [*dense.losses[:-1], dense.losses[-1] * (1 + 3e-5)]},
+        {"losses": [*dense.losses[:-1], float("nan")]},
+        {"norms": [dense.norms[0] * (1 - 3e-5), *dense.norms[1:]]},
+        {"state": tensor},
+        {"state": missing},
+    ):
+        assert not judge(cell, replace(dense, **changes), dense, None).passed, changes
+
+
+def test_bf16_is_judged_beside_ep_1():
+    dense, cell = dense_run(), Cell((2, 2), "2", "bf16")
+    torch.manual_seed(0)
+    noise = {k: 1e-3 * torch.randn_like(v) for k, v in dense.state.items()}
+
+    def run(scale):
+        return replace(dense, state={k: v + scale * noise[k] for k, v in dense.state.items()})
+
+    assert judge(cell, run(1.1), dense, run(1.0)).passed
+    assert not judge(cell, run(1.3), dense, run(1.0)).passed
+    assert not judge(cell, replace(run(1.0), losses=[v * 1.002 for v in dense.losses]), dense, run(1.0)).passed
+
+
+def test_the_full_matrix_holds_every_pair_of_values():
+    cells = full_matrix()
+    assert len(cells) == len(set(cells)) <= 150
+    plain = {(c.layout, c.stage, c.dtype) for c in cells}
+    assert plain == set(itertools.product(LAYOUTS, STAGES, DTYPES))
+    axes = {"layout": LAYOUTS, "stage": STAGES, "dtype": DTYPES, **AXES}
+    for (one, ones), (other, others) in itertools.combinations(axes.items(), 2):
+        found = {(getattr(c, one), getattr(c, other)) for c in cells}
+        wanted = set(itertools.product(ones, others))
+        if (one, other) == ("layout", "expert_dispatch"):
+            wanted = {(layout, dispatch) for layout, dispatch in wanted if layout[1] > 1 or dispatch == "tokens"}
+        assert wanted <= found, (one, other, wanted - found)
+    for cell in cells:
+        assert not cell.needs_counterpart or cells.index(cell.counterpart()) < cells.index(cell)
