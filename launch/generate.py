@@ -55,7 +55,8 @@ def load(args: argparse.Namespace):
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     saved = args.adapter / "tokenizer_config.json"
     tokenizer = load_tokenizer(str(args.adapter)) if saved.is_file() else load_tokenizer(name, **source)
-    model = LDMoLEModel.from_pretrained(load_base_model(name, **source), args.adapter).to(device)
+    base = load_base_model(name, quantization=config.base_model_quantization, **source)
+    model = LDMoLEModel.from_pretrained(base, args.adapter).to(device)
     return model, tokenizer, device
 
 

@@ -17,6 +17,7 @@ INPUT_GROUP_MODES = ("auto", "single")
 ADAPTER_DTYPES = (None, "float32", "bfloat16", "float16")
 LOSS_WEIGHTS = ("sparsity_loss_weight", "load_balancing_loss_weight", "router_z_loss_weight")
 EXPERT_DISPATCH = ("tokens", "weights", "auto")
+QUANTIZATIONS = ("none", "nf4", "int8")
 
 # Settings that differ from the defaults, by name; docs/method.md compares the defaults with the authors' released run.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -115,6 +116,7 @@ class LDMoLEConfig:
     )
     base_model_name_or_path: str | None = _help(None, "Filled by training: the base model the adapter belongs to.")
     base_model_revision: str | None = _help(None, "Filled by training: the base model's revision.")
+    base_model_quantization: str = _help("none", "Filled by training: how the base model was quantised.")
     projection_groups: list[list[str]] | None = field(
         default=None, metadata={"help": "Filled by training: the input groups that were found."}
     )
@@ -163,6 +165,7 @@ class LDMoLEConfig:
             ("balance_statistics", BALANCE_STATISTICS),
             ("input_groups", INPUT_GROUP_MODES),
             ("adapter_dtype", ADAPTER_DTYPES),
+            ("base_model_quantization", QUANTIZATIONS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(

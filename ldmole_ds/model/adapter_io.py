@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ldmole_ds.config import CONFIG_NAME, WEIGHTS_NAME
 from ldmole_ds.distributed.zero import finish_prefetches, full_shape, gathered
+from ldmole_ds.model.quantized import num_weights
 
 if TYPE_CHECKING:
     from ldmole_ds.layers import InputGroup
@@ -211,5 +212,5 @@ def count_parameters(model: LDMoLEModel) -> dict[str, int]:
             local += numel
             total += numel * expert_ids.get(id(param), 1)
         else:
-            base += numel
+            base += num_weights(param)
     return {"trainable": total, "trainable_on_this_rank": local, "base": base}

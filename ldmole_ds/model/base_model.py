@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 
 def _location(name: str) -> tuple[str, dict[str, str]]:
@@ -52,19 +53,37 @@ def load_base_model(
     *,
     dtype: str = "auto",
     attn_implementation: str | None = None,
+    quantization: str = "none",
+    compute_dtype: str = "float32",
     revision: str = "main",
     token: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """The causal language model, whole on the CPU (or partitioned, where ZeRO-3's ``zero.Init`` is active).
 
-    A GGUF file is dequantised to float32 (or ``dtype``) while it is read; it then is an ordinary model.
+    A GGUF file is dequantised to float32 (or ``dtype``) while it is read; it then is an ordinary model. A quantised
+    model is whole on every rank, on its current accelerator.
+
+    Args:
+        name: Hub id, folder or GGUF file.
+        dtype: Of the parameters that are not quantised; auto takes the checkpoint's.
+        attn_implementation: Of the model's attention; None takes its own.
+        quantization: none, nf4 or int8: of every linear layer but the head, by bitsandbytes, while it is loaded.
+        compute_dtype: In which nf4 layers multiply.
+        revision, token, trust_remote_code: For the hub.
 
     Raises:
         ValueError: The model cannot be found or loaded; says what may be given.
     """
     folder, gguf = _location(name)
     kwargs: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    if quantization != "none":
+        if gguf:
+            raise ValueError(
+                f"--quantization {quantization} cannot quantise the GGUF file {name}: write it out once as a folder "
+                "(load_base_model(file).save_pretrained(folder), and load_tokenizer likewise) and give that"
+            )
+        kwargs["quantization_config"] = _quantization_config(quantization, compute_dtype)
     torch_dtype: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     if gguf and dtype == "auto":
         torch_dtype = torch.float32
@@ -83,6 +102,24 @@ def load_base_model(
     if gguf:
         _forget_quantisation(model)
     return model
+
+
+def _quantization_config(quantization: str, compute_dtype: str) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"--quantization {quantization} needs the package bitsandbytes, which is not installed: "
+            "pip install bitsandbytes"
+        )
+    # It says for every call that int8 products cast their input to float16.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
 
 
 def _forget_quantisation(model: nn.Module) -> None:

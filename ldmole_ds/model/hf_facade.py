@@ -30,7 +30,7 @@ def padding_mask_of(attention_mask: Any) -> Tensor | None:
 def adopt_signature(model: nn.Module, base_model: nn.Module) -> None:
     """``inspect.signature(model.forward)`` is that of the base model: the Trainer reads it to keep columns."""
 
-    @torch.compiler.disable(recursive=False)  # the base model is what is compiled
+    @torch.compiler.disable(recursive=False)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return type(self).forward(self, *args, **kwargs)
 

@@ -18,6 +18,7 @@ from ldmole_ds.model.dispatch_plan import DispatchSettings, GroupShape, plan_dis
 from ldmole_ds.model.grouping import find_input_groups
 from ldmole_ds.model.layer_experts import expert_counts
 from ldmole_ds.model.ldmole_model import LDMoLEModel
+from ldmole_ds.model.quantized import is_quantized, layer_dtype, prepare_quantized_layers
 from ldmole_ds.model.targets import find_targets, left_out_modules, linear_features
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def get_ldmole_model(
     layout starts from the same weights.
 
     Args:
-        base_model: Any Hugging Face model; also one partitioned by ``zero.Init``.
+        base_model: Any Hugging Face model; also one partitioned by ``zero.Init``, or quantised by bitsandbytes.
         config: The adapter; defaults to `LDMoLEConfig()`.
         seed: Of the adapter's start.
         ep_size: Ranks that share one copy of all experts; above 1 it needs an initialised process group.
@@ -52,8 +53,8 @@ def get_ldmole_model(
         accumulation_steps: Micro-steps per optimizer step, for ``auto``.
 
     Raises:
-        ValueError: ``ep_size`` does not divide ranks or experts, no target module matches, or the base model is an
-            encoder-decoder.
+        ValueError: ``ep_size`` does not divide ranks or experts, no target module matches, the base model is an
+            encoder-decoder, or a quantised layer is in a state that cannot be trained on.
     """
     config = config or LDMoLEConfig()
     if isinstance(base_model, LDMoLEModel) or any(isinstance(m, AdaptedLinear) for m in base_model.modules()):
@@ -82,27 +83,28 @@ def get_ldmole_model(
     if config.sparsity_loss_weight and config.router not in ("sparsegen", "relu"):
         logger.warning("sparsity_loss_weight has no effect on router %s, which has no learned lambda", config.router)
     base_model.requires_grad_(False)
+    prepare_quantized_layers(base_model)
     holder, stats = ContextHolder(), CommStats()
     router = build_router(config.router, fixed_lambda=config.fixed_lambda, topk=config.topk)
     shapes = []
     for members in groups:
         features = [linear_features(targets[name]) for name in members]
         shapes.append(GroupShape(experts_of[members[0]], features[0][0], [f[1] for f in features]))
-    first = targets[groups[0][0]].weight
+    first = targets[groups[0][0]]
     dispatchers, dispatch_text = plan_dispatch(
         DispatchSettings(expert_dispatch, dispatch_chunk_tokens, tokens_per_rank, accumulation_steps),
         shapes,
         config,
         topology,
         stats,
-        itemsize=_adapter_dtype(config, first).itemsize,
-        device=first.device,
+        itemsize=_adapter_dtype(config, first, base_model).itemsize,
+        device=first.weight.device,
     )
     lambda_mlps: dict[str, LambdaMLP] = {}
     input_groups = []
     for members, shape, dispatcher in zip(groups, shapes, dispatchers, strict=True):
-        in_features, name, weight = shape.in_features, _group_name(members), targets[members[0]].weight
-        dtype = _adapter_dtype(config, weight)
+        in_features, name, first = shape.in_features, _group_name(members), targets[members[0]]
+        dtype, device = _adapter_dtype(config, first, base_model), first.weight.device
         lambda_mlp = None
         if router.uses_lambda:
             shared = config.lambda_sharing == "shared"
@@ -114,7 +116,7 @@ def get_ldmole_model(
                     init=config.lambda_init,
                     generator=seeded_generator(seed, "lambda_mlp", key),
                     dtype=dtype,
-                    device=weight.device,
+                    device=device,
                 )
             lambda_mlp = lambda_mlps[key]
         group = InputGroup(
@@ -135,7 +137,7 @@ def get_ldmole_model(
             mask_padding=config.mask_padding,
             seed=seed,
             dtype=dtype,
-            device=weight.device,
+            device=device,
         )
         input_groups.append(group)
         for member, path in enumerate(members):
@@ -145,8 +147,8 @@ def get_ldmole_model(
     return LDMoLEModel(base_model, config, input_groups, shared_mlps, topology, holder, stats, dispatch_text)
 
 
-def _adapter_dtype(config: LDMoLEConfig, weight: torch.Tensor) -> torch.dtype:
-    return getattr(torch, config.adapter_dtype) if config.adapter_dtype else weight.dtype
+def _adapter_dtype(config: LDMoLEConfig, layer: nn.Module, base_model: nn.Module) -> torch.dtype:
+    return getattr(torch, config.adapter_dtype) if config.adapter_dtype else layer_dtype(layer, base_model)
 
 
 def _tell_replicated(topology: ExpertParallel, experts_of: dict[str, int]) -> None:
@@ -200,4 +202,9 @@ def _train_in_full(model: nn.Module, names: list[str] | None) -> None:
         if not matches:
             raise ValueError(f"modules_to_save: no module of the base model is named {name!r}")
         for module in matches:
+            if any(is_quantized(m) for m in module.modules()):
+                raise ValueError(
+                    f"modules_to_save: {name!r} is quantised and cannot be trained in full: leave it out, or load the "
+                    "base with it in BitsAndBytesConfig's llm_int8_skip_modules"
+                )
             module.requires_grad_(True)

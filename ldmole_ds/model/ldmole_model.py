@@ -20,6 +20,7 @@ from ldmole_ds.model import adapter_io, reference_adapter
 from ldmole_ds.model.adaptive_l1 import AdaptiveL1
 from ldmole_ds.model.aux_losses import Normalizer, RoutingBatch, auxiliary_losses
 from ldmole_ds.model.hf_facade import adopt_signature, padding_mask_of, with_aux_losses
+from ldmole_ds.model.quantized import drop_quantization_state, has_quantized_layers
 from ldmole_ds.model.routing_stats import RoutingStatistics
 
 REENTRANT_REFUSED = (
@@ -46,6 +47,9 @@ class LDMoLEModel(nn.Module):
         routing: Routing statistics since the last reset.
         adaptive_l1: Control of the L1 loss of router relu, else None.
     """
+
+    # The Trainer asks for it before it trains on a quantised base: trainable adapters are attached.
+    _hf_peft_config_loaded = True
 
     def __init__(
         self,
@@ -78,6 +82,8 @@ class LDMoLEModel(nn.Module):
         base_model.register_forward_pre_hook(self._open_context, with_kwargs=True)
         base_model.register_forward_hook(self._close_context, always_call=True)
         adopt_signature(self, base_model)
+        if has_quantized_layers(base_model):
+            self.register_state_dict_post_hook(drop_quantization_state)
         config = getattr(base_model, "config", None)
         if config is not None:
             ignored = list(getattr(config, "keys_to_ignore_at_inference", None) or ["past_key_values"])
@@ -108,7 +114,7 @@ class LDMoLEModel(nn.Module):
         Raises:
             FloatingPointError: Non-finite routing, on every rank, naming the layer.
         """
-        bound, context = self._begin(args, kwargs, gradient_accumulation_steps if self.training else 1)
+        bound, context = self._begin(args, kwargs, gradient_accumulation_steps)
         try:
             with self._holder.use(context):
                 outputs = self.base_model(*args, **kwargs)
@@ -118,11 +124,12 @@ class LDMoLEModel(nn.Module):
 
     @torch.compiler.disable
     def _begin(self, args: tuple, kwargs: dict, accumulation_steps: int) -> tuple[dict[str, Any], ForwardContext]:
-        bound = self._bind(args, kwargs)
+        """The arguments by name and the pass's context; weights gathered for an earlier micro-step stay or go."""
         self.comm_stats.step += self.training
         for dispatcher, groups in self._gathering:
             experts = {group.name: group.expert_parameters() for group in groups}
-            dispatcher.begin_pass(experts, accumulation_steps)
+            dispatcher.begin_pass(experts, accumulation_steps if self.training else 1)
+        bound = self._bind(args, kwargs)
         return bound, ForwardContext(padding_mask=padding_mask_of(bound.get("attention_mask")))
 
     @torch.compiler.disable

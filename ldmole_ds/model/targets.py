@@ -10,11 +10,9 @@ from transformers.pytorch_utils import Conv1D
 from ldmole_ds.distributed.zero import full_shape
 from ldmole_ds.model.moe_base import expert_holders, is_inside, is_router, left_out
 
-_QUANTISED = ("Params4bit", "Int8Params")
-
 
 def linear_features(module: nn.Module) -> tuple[int, int]:
-    """``(in_features, out_features)`` of an `nn.Linear` or GPT-2's `Conv1D`, also while ZeRO-3 holds the weight."""
+    """``(in_features, out_features)`` of an `nn.Linear` or GPT-2's `Conv1D`, also quantised, or held by ZeRO-3."""
     if isinstance(module, Conv1D):
         in_features, out_features = full_shape(module.weight)
         return in_features, out_features
@@ -71,8 +69,7 @@ def find_targets(
     """The linear layers that ``target_modules`` names.
 
     Raises:
-        ValueError: nothing matches, a listed name matches nothing, a regular expression is malformed, or the base is
-            quantised.
+        ValueError: nothing matches, a listed name matches nothing, or a regular expression is malformed.
     """
     candidates = candidate_modules(model, modules_to_save)
     endings = sorted({name.rsplit(".", 1)[-1] for name in candidates})
@@ -98,10 +95,4 @@ def find_targets(
         found = {n: m for n, m in candidates.items() if any(n == t or n.endswith("." + t) for t in target_modules)}
     if not found:
         raise ValueError(f"target_modules={target_modules!r} matches no linear layer of the base model: {choose}")
-    for name, module in found.items():
-        if type(module.weight).__name__ in _QUANTISED:
-            raise ValueError(
-                f"{name} is quantised ({type(module.weight).__name__}), which is not supported yet: load the base "
-                "model without quantization_config"
-            )
     return found

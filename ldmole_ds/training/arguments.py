@@ -15,12 +15,12 @@ from pathlib import Path
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from ldmole_ds.config import EXPERT_DISPATCH, PRESETS, LDMoLEConfig
+from ldmole_ds.config import EXPERT_DISPATCH, PRESETS, QUANTIZATIONS, LDMoLEConfig
 from ldmole_ds.training.batch import BatchArguments
 from ldmole_ds.training.runtime import UserError
 from ldmole_ds.training.settings_file import as_argv, read_settings_file
 
-_NOT_FLAGS = {"base_model_name_or_path", "base_model_revision", "projection_groups"}
+_NOT_FLAGS = {"base_model_name_or_path", "base_model_revision", "base_model_quantization", "projection_groups"}
 # Shown by --help; every other TrainingArguments flag works too and is shown by --help_all.
 _COMMON_TRAINING_FLAGS = {
     "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
@@ -49,6 +49,12 @@ class ModelArguments:
         "auto",
         "Dtype in which the base model is loaded; auto takes the checkpoint's.",
         choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    quantization: str = _field(
+        "none",
+        "Quantise the frozen linear layers but the head while loading (QLoRA): nf4 (4 bits) or int8. Needs the package "
+        "bitsandbytes; best with ZeRO stages 0 to 2; not for GGUF files.",
+        choices=QUANTIZATIONS,
     )
     attn_implementation: str | None = _field(None, "eager, sdpa, flash_attention_2, ...; default: the model's own.")
     revision: str = _field("main", "Branch, tag or commit of a hub model.")

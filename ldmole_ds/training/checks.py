@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 from transformers import TrainingArguments
 
 from ldmole_ds.model import LDMoLEModel
 from ldmole_ds.model.ldmole_model import REENTRANT_REFUSED
+from ldmole_ds.model.quantized import has_quantized_layers
+
+logger = logging.getLogger(__name__)
 
 
 def check_trainable(model: LDMoLEModel, args: TrainingArguments, zero_stage: int | None) -> None:
@@ -45,4 +50,9 @@ def check_trainable(model: LDMoLEModel, args: TrainingArguments, zero_stage: int
         raise ValueError(
             f"ep_size={model.topology.ep_size} with ZeRO stage 0 would clip gradients wrongly and lose experts on "
             "save: use ds_configs/zero1.json or higher, or --ep_size 1"
+        )
+    if zero_stage == 3 and args.should_log and has_quantized_layers(model):
+        logger.warning(
+            "ZeRO stage 3 saves no memory on a quantised base, whose layers keep whole weights from forward to "
+            "backward: ds_configs/zero2.json needs less"
         )

