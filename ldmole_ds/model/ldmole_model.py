@@ -208,6 +208,7 @@ class LDMoLEModel(nn.Module):
             mask = self._bind(args, kwargs).get("attention_mask")
             self._holder.current = ForwardContext(padding_mask=padding_mask_of(mask), recording=False)
             self._opened_by_hook = True
+            self._begin_gathering(1)
 
     def _close_context(self, module: nn.Module, args: tuple, output: Any) -> None:
         if getattr(self, "_opened_by_hook", False):
