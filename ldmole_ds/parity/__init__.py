@@ -9,5 +9,18 @@ from ldmole_ds.parity.cells import Cell, default_cells, full_matrix
 from ldmole_ds.parity.compare import Verdict, judge, verdict_table
 from ldmole_ds.parity.dense import dense_run
 from ldmole_ds.parity.engine import run_cells
+from ldmole_ds.parity.job import exit_code, job_cells, run_job
 
-__all__ = ["Cell", "Verdict", "default_cells", "dense_run", "full_matrix", "judge", "run_cells", "verdict_table"]
+__all__ = [
+    "Cell",
+    "Verdict",
+    "default_cells",
+    "dense_run",
+    "exit_code",
+    "full_matrix",
+    "job_cells",
+    "judge",
+    "run_cells",
+    "run_job",
+    "verdict_table",
+]

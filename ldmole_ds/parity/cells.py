@@ -139,7 +139,7 @@ def full_matrix() -> list[Cell]:
     cells += _cover_pairs([cell for cell in candidates if _valid(cell)], cells)
     cells += [Cell(layout, stage, dropout=0.1) for layout in LAYOUTS if layout[0] > 1 for stage in STAGES[:3]]
     cells += [Cell((2, 2), stage, router=router) for router in ROUTERS for stage in ("2", "3")]
-    return _with_counterparts(cells)
+    return with_counterparts(cells)
 
 
 def default_cells() -> list[Cell]:
@@ -162,10 +162,10 @@ def default_cells() -> list[Cell]:
         Cell((4, 2), "3", accumulation=2),
         Cell((4, 2), "2", expert_dispatch="weights"),
     ]
-    return _with_counterparts(cells)
+    return with_counterparts(cells)
 
 
-def _with_counterparts(cells: list[Cell]) -> list[Cell]:
+def with_counterparts(cells: list[Cell]) -> list[Cell]:
     """Without repeats, ordered by the number of ranks, and each after the cell it is compared with."""
     wanted = dict.fromkeys(cells) | dict.fromkeys(cell.counterpart() for cell in cells if cell.needs_counterpart)
     return sorted(wanted, key=lambda cell: (cell.world_size, cell.needs_counterpart))

@@ -43,9 +43,10 @@ class Verdict:
 
 
 def relative(value: Tensor, expected: Tensor) -> float:
-    """Norm-wise distance; 0 for two zeros."""
+    """Norm-wise distance; 0 for two zeros, infinite where a value is not finite."""
     value, expected = value.double(), expected.double()
-    return ((value - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+    distance = ((value - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+    return distance if math.isfinite(distance) else math.inf
 
 
 def worst_of(values: list[float], expected: list[float]) -> float:

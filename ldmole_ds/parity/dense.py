@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ldmole_ds.distributed import LocalTokenDispatcher
+from ldmole_ds.distributed import ExpertParallel, LocalTokenDispatcher
 from ldmole_ds.model import ldmole_param_groups
 from ldmole_ds.model.adapter_io import gather_adapter_state
 from ldmole_ds.ops import lora_experts_reference
@@ -47,23 +47,24 @@ class DenseDispatcher(LocalTokenDispatcher):
         return lora_experts_reference(x_TD, probs_TGE, experts.lora_A, experts.lora_B, experts.scaling)
 
 
-def micro_batches(step: int, accumulation: int) -> tuple[list[dict], int, int]:
+def micro_batches(step: int, accumulation: int, rows: int) -> tuple[list[dict], int, int]:
     """The global micro-batches of a step, and its label tokens (the first column is never one) and routed tokens."""
-    batches = [ragged_batch(ROWS_PER_MICRO_STEP, seed=step * accumulation + m) for m in range(accumulation)]
+    batches = [ragged_batch(rows, seed=step * accumulation + m) for m in range(accumulation)]
     items = sum(int(b["labels"][:, 1:].ne(-100).sum()) for b in batches)
     return batches, items, sum(int(b["attention_mask"].sum()) for b in batches)
 
 
-def dense_run(accumulation: int = 1, router: str = "sparsegen") -> Run:
+def dense_run(accumulation: int = 1, router: str = "sparsegen", rows: int = ROWS_PER_MICRO_STEP) -> Run:
     """Train `STEPS` AdamW steps in this process alone, in float32, with one of `cells.ROUTERS`."""
     model = small_model(small_config(**ROUTERS[router]))
+    model.topology = ExpertParallel()  # one process, also where a job's communication is up
     for group in model.input_groups:
         group.dispatcher = DenseDispatcher()
     optimizer = torch.optim.AdamW(ldmole_param_groups(model, WEIGHT_DECAY), lr=LEARNING_RATE)
     parameters = [p for p in model.parameters() if p.requires_grad]
     run, model = Run(start=gather_adapter_state(model)), model.train()
     for step in range(STEPS):
-        batches, items, tokens = micro_batches(step, accumulation)
+        batches, items, tokens = micro_batches(step, accumulation, rows)
         total = 0.0
         for batch in batches:
             counts = {"num_items_in_batch": items, "num_routed_tokens": tokens}

@@ -15,8 +15,14 @@ from ldmole_ds.parity.cells import ROUTERS, Cell
 from ldmole_ds.parity.dense import CLIP, LEARNING_RATE, ROWS_PER_MICRO_STEP, STEPS, WEIGHT_DECAY, Run, micro_batches
 from ldmole_ds.parity.model import copy_weights, small_config, small_llama, small_model
 
-# Rows of the eight that each rank takes: uneven wherever possible.
-ROWS_OF_RANK = {1: [8], 2: [5, 3], 4: [3, 1, 2, 2], 8: [1] * 8}
+_UNEVEN_ROWS = {2: [5, 3], 4: [3, 1, 2, 2]}
+
+
+def rows_of_ranks(world_size: int) -> list[int]:
+    """Rows that each rank takes of a micro-step: of eight, or of as many as there are ranks; none goes empty."""
+    rows = max(ROWS_PER_MICRO_STEP, world_size)
+    even = [len(range(rank, rows, world_size)) for rank in range(world_size)]
+    return _UNEVEN_ROWS.get(world_size, even)
 
 
 def ds_config(cell: Cell) -> dict:
@@ -51,6 +57,7 @@ def build_model(cell: Cell, config: dict) -> LDMoLEModel:
     adapter = small_config(lora_dropout=cell.dropout, **ROUTERS[cell.router])
     model = small_model(adapter, ep_size=cell.ep_size, expert_dispatch=cell.expert_dispatch, base=base)
     if cell.checkpointing:
+        base.config.use_cache = False
         model.gradient_checkpointing_enable()
     return model
 
@@ -67,12 +74,12 @@ def run_cell(cell: Cell) -> Run:
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=client, model_parameters=None if client else groups, config=config
     )
-    rows = ROWS_OF_RANK.get(cell.world_size) or _even_rows(cell.world_size)
+    rows = rows_of_ranks(cell.world_size)
     own = slice(sum(rows[:rank]), sum(rows[: rank + 1]))
     torch.manual_seed(100 + rank)  # for dropout
     run = Run()
     for step in range(STEPS):
-        batches, items, tokens = micro_batches(step, cell.accumulation)
+        batches, items, tokens = micro_batches(step, cell.accumulation, sum(rows))
         total = torch.zeros((), dtype=torch.float64, device=engine.device)
         for batch in batches:
             batch = {key: value[own].to(engine.device) for key, value in batch.items()}
@@ -95,10 +102,6 @@ def run_cell(cell: Cell) -> Run:
     engine.destroy()
     gc.collect()
     return run
-
-
-def _even_rows(world_size: int) -> list[int]:
-    return [len(range(rank, ROWS_PER_MICRO_STEP, world_size)) for rank in range(world_size)]
 
 
 def run_cells(rank: int, world_size: int, cells: list[Cell]) -> list[Run]:

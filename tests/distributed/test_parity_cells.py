@@ -48,7 +48,7 @@ def test_layout_does_not_change_training(world_size):
 def test_a_wrong_run_does_not_pass():
     dense, cell = dense_run(), Cell((2, 2), "2")
     assert judge(cell, dense, dense, None).passed
-    key = next(iter(dense.state))
+    _, key, *_ = dense.state  # not the first: a NaN must be noticed behind a good tensor
     tensor = {**dense.state, key: dense.state[key] * (1 + 3e-5)}
     missing = {k: v for k, v in dense.state.items() if k != key}
     for changes in (
@@ -56,6 +56,7 @@ def test_a_wrong_run_does_not_pass():
         {"losses": [*dense.losses[:-1], float("nan")]},
         {"norms": [dense.norms[0] * (1 - 3e-5), *dense.norms[1:]]},
         {"state": tensor},
+        {"state": {**dense.state, key: dense.state[key] * float("nan")}},
         {"state": missing},
     ):
         assert not judge(cell, replace(dense, **changes), dense, None).passed, changes
