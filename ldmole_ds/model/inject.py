@@ -64,6 +64,7 @@ def get_ldmole_model(
             f"{type(base_model).__name__} is an encoder-decoder model: its two padding masks are not supported yet, "
             "use a decoder-only or an encoder-only base model"
         )
+    router = build_router(config.router, fixed_lambda=config.fixed_lambda, topk=config.topk)
     topology = expert_parallel(ep_size)
     if config.router != "lora" and config.num_experts % ep_size:
         raise ValueError(
@@ -85,7 +86,6 @@ def get_ldmole_model(
     base_model.requires_grad_(False)
     prepare_quantized_layers(base_model)
     holder, stats = ContextHolder(), CommStats()
-    router = build_router(config.router, fixed_lambda=config.fixed_lambda, topk=config.topk)
     shapes = []
     for members in groups:
         features = [linear_features(targets[name]) for name in members]
