@@ -11,6 +11,7 @@ from torch import nn
 
 from ldmole_ds.config import LDMoLEConfig
 from ldmole_ds.distributed import CommStats, ExpertParallel, expert_parallel
+from ldmole_ds.distributed.zero import outside_partitioned_init
 from ldmole_ds.layers import AdaptedLinear, InputGroup, LambdaMLP, build_router
 from ldmole_ds.layers.context import ContextHolder
 from ldmole_ds.layers.input_group import seeded_generator
@@ -24,6 +25,7 @@ from ldmole_ds.model.targets import find_targets, left_out_modules, linear_featu
 logger = logging.getLogger(__name__)
 
 
+@outside_partitioned_init()
 def get_ldmole_model(
     base_model: nn.Module,
     config: LDMoLEConfig | None = None,
