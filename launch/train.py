@@ -25,7 +25,7 @@ DEMO_DEFAULTS = {
     "max_steps": 70,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 16,
-    "learning_rate": 2e-3,
+    "learning_rate": 1.5e-3,
     "lr_scheduler_type": "warmup_stable_decay",
     "lr_scheduler_kwargs": '{"num_decay_steps": 16}',
     "warmup_steps": 4,

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROUTERS = ("sparsegen", "sparsegen_fixed", "softmax", "topk", "relu", "lora")
 LAMBDA_SHARING = ("shared", "per_layer")
 LAMBDA_INITS = ("live", "paper")
 BALANCE_STATISTICS = ("global", "per_rank")
@@ -75,7 +74,6 @@ class LDMoLEConfig:
         "sparsegen",
         "How experts are chosen: sparsegen (learned lambda per token), sparsegen_fixed, softmax (dense), "
         "topk (MoLA), relu (ReMoLE, with its adaptive L1 control), or lora (plain LoRA: one expert, no router).",
-        choices=ROUTERS,
     )
     lambda_hidden_size: int = _help(256, "Hidden units of the lambda MLP.")
     lambda_sharing: str = _help(
@@ -159,7 +157,6 @@ class LDMoLEConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)!r}")
         for name, allowed in (
-            ("router", ROUTERS),
             ("lambda_sharing", LAMBDA_SHARING),
             ("lambda_init", LAMBDA_INITS),
             ("balance_statistics", BALANCE_STATISTICS),

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from ldmole_ds.config import BALANCE_STATISTICS, CONFIG_NAME, ROUTERS, LDMoLEConfig
+from ldmole_ds.config import BALANCE_STATISTICS, CONFIG_NAME, LDMoLEConfig
+from ldmole_ds.layers.routers import ROUTERS, build_router
 
 NAN, INF = float("nan"), float("inf")
 
@@ -34,7 +35,6 @@ def test_the_defaults_are_the_papers():
         *(("sparsity_loss_weight", bad) for bad in (-1, NAN, INF, "0")),
         ("load_balancing_loss_weight", -0.5),
         ("router_z_loss_weight", INF),
-        ("router", "switch"),
         ("lambda_sharing", "global"),
         ("lambda_init", "dead"),
         ("balance_statistics", "local"),
@@ -70,7 +70,7 @@ def test_the_edges_of_what_is_allowed(values):
 
 def test_an_unknown_choice_lists_the_known_ones():
     with pytest.raises(ValueError, match="router='switch' is not known: use one of sparsegen, .*, lora"):
-        LDMoLEConfig(router="switch")
+        build_router("switch")
 
 
 def test_topk_cannot_exceed_the_experts():

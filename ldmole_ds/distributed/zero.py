@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -57,3 +58,20 @@ def partitioned_init(config: dict) -> AbstractContextManager:
     import deepspeed
 
     return deepspeed.zero.Init(config_dict_or_path=config)
+
+
+@contextmanager
+def outside_partitioned_init() -> Iterator[None]:
+    """Context (or decorator) in which modules are built whole, also within ``zero.Init``.
+
+    Its context would partition each module as it is built; the engine does it later, when it takes in the whole model.
+    """
+    partitioning = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    if partitioning is None:
+        yield
+        return
+    partitioning.shutdown_init_context()
+    try:
+        yield
+    finally:
+        partitioning.restore_init_context()

@@ -58,21 +58,27 @@ def _ones(logits: Tensor, lam: Tensor | None) -> Tensor:
     return torch.ones_like(logits)
 
 
+# Names and what makes them, from fixed_lambda and topk.
+ROUTERS: dict[str, Callable[[float, int], Router]] = {
+    "sparsegen": lambda fixed_lambda, topk: Router(_learned, uses_lambda=True),
+    "sparsegen_fixed": lambda fixed_lambda, topk: Router(_fixed(fixed_lambda)),
+    "softmax": lambda fixed_lambda, topk: Router(_softmax),
+    "topk": lambda fixed_lambda, topk: Router(_topk(topk)),
+    "relu": lambda fixed_lambda, topk: Router(_relu),
+    "lora": lambda fixed_lambda, topk: Router(_ones, uses_gate=False),
+}
+
+
 def build_router(name: str, *, fixed_lambda: float = 0.0, topk: int = 2) -> Router:
     """The router of this name.
 
     sparsegen: LD-MoLE's, learned lambda. sparsegen_fixed: the same with one lambda for all tokens (0 is sparsemax).
     softmax: dense. topk: softmax over the k largest (MoLA). relu: positive logits as they are, which may leave a token
     without experts (ReMoLE; `ldmole_ds.model.adaptive_l1` keeps it sparse). lora: no router, every weight is 1.
+
+    Raises:
+        ValueError: There is no such router.
     """
-    routers = {
-        "sparsegen": lambda: Router(_learned, uses_lambda=True),
-        "sparsegen_fixed": lambda: Router(_fixed(fixed_lambda)),
-        "softmax": lambda: Router(_softmax),
-        "topk": lambda: Router(_topk(topk)),
-        "relu": lambda: Router(_relu),
-        "lora": lambda: Router(_ones, uses_gate=False),
-    }
-    if name not in routers:
-        raise ValueError(f"router={name!r} is not known: use one of {', '.join(routers)}")
-    return routers[name]()
+    if name not in ROUTERS:
+        raise ValueError(f"router={name!r} is not known: use one of {', '.join(ROUTERS)}")
+    return ROUTERS[name](fixed_lambda, topk)

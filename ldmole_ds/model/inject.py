@@ -11,6 +11,7 @@ from torch import nn
 
 from ldmole_ds.config import LDMoLEConfig
 from ldmole_ds.distributed import CommStats, ExpertParallel, expert_parallel
+from ldmole_ds.distributed.zero import outside_partitioned_init
 from ldmole_ds.layers import AdaptedLinear, InputGroup, LambdaMLP, build_router
 from ldmole_ds.layers.context import ContextHolder
 from ldmole_ds.layers.input_group import seeded_generator
@@ -24,6 +25,7 @@ from ldmole_ds.model.targets import find_targets, left_out_modules, linear_featu
 logger = logging.getLogger(__name__)
 
 
+@outside_partitioned_init()
 def get_ldmole_model(
     base_model: nn.Module,
     config: LDMoLEConfig | None = None,
@@ -64,6 +66,7 @@ def get_ldmole_model(
             f"{type(base_model).__name__} is an encoder-decoder model: its two padding masks are not supported yet, "
             "use a decoder-only or an encoder-only base model"
         )
+    router = build_router(config.router, fixed_lambda=config.fixed_lambda, topk=config.topk)
     topology = expert_parallel(ep_size)
     if config.router != "lora" and config.num_experts % ep_size:
         raise ValueError(
@@ -85,7 +88,6 @@ def get_ldmole_model(
     base_model.requires_grad_(False)
     prepare_quantized_layers(base_model)
     holder, stats = ContextHolder(), CommStats()
-    router = build_router(config.router, fixed_lambda=config.fixed_lambda, topk=config.topk)
     shapes = []
     for members in groups:
         features = [linear_features(targets[name]) for name in members]

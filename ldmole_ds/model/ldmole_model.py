@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from ldmole_ds.config import LDMoLEConfig
 from ldmole_ds.distributed import CommStats, ExpertParallel, WeightGatherDispatcher
+from ldmole_ds.distributed.zero import is_zero3_parameter
 from ldmole_ds.layers import AdaptedLinear, ForwardContext, InputGroup, LambdaMLP
 from ldmole_ds.layers.context import ContextHolder
 from ldmole_ds.model import adapter_io, reference_adapter
@@ -124,13 +125,17 @@ class LDMoLEModel(nn.Module):
 
     @torch.compiler.disable
     def _begin(self, args: tuple, kwargs: dict, accumulation_steps: int) -> tuple[dict[str, Any], ForwardContext]:
-        """The arguments by name and the pass's context; weights gathered for an earlier micro-step stay or go."""
+        """The arguments by name and the pass's context."""
         self.comm_stats.step += self.training
-        for dispatcher, groups in self._gathering:
-            experts = {group.name: group.expert_parameters() for group in groups}
-            dispatcher.begin_pass(experts, accumulation_steps if self.training else 1)
+        self._begin_gathering(accumulation_steps if self.training else 1)
         bound = self._bind(args, kwargs)
         return bound, ForwardContext(padding_mask=padding_mask_of(bound.get("attention_mask")))
+
+    def _begin_gathering(self, accumulation_steps: int) -> None:
+        """Weights gathered for an earlier micro-step stay or go."""
+        for dispatcher, groups in self._gathering:
+            experts = {group.name: group.expert_parameters() for group in groups}
+            dispatcher.begin_pass(experts, accumulation_steps)
 
     @torch.compiler.disable
     def _finish(
@@ -203,6 +208,7 @@ class LDMoLEModel(nn.Module):
             mask = self._bind(args, kwargs).get("attention_mask")
             self._holder.current = ForwardContext(padding_mask=padding_mask_of(mask), recording=False)
             self._opened_by_hook = True
+            self._begin_gathering(1)
 
     def _close_context(self, module: nn.Module, args: tuple, output: Any) -> None:
         if getattr(self, "_opened_by_hook", False):
@@ -246,6 +252,27 @@ class LDMoLEModel(nn.Module):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
         """The older name of `activation_checkpointing_enable`."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    @property
+    def needs_all_ranks(self) -> bool:
+        """Whether a forward pass has collectives, so that all ranks must run equally many.
+
+        It has where experts are partitioned, or where ZeRO-3 gathers parameters.
+        """
+        partitioned = any(group.partitioned for group in self.input_groups)
+        return self.topology.world_size > 1 and (partitioned or any(map(is_zero3_parameter, self.parameters())))
+
+    def generate(self, *args: Any, synced_gpus: bool | None = None, **kwargs: Any) -> Any:
+        """The base model's ``generate``. Collective where `needs_all_ranks`.
+
+        Args:
+            *args: As the base model.
+            synced_gpus: Ranks that have finished keep on taking part until all have; default: where `needs_all_ranks`.
+            **kwargs: As the base model.
+        """
+        if synced_gpus is None and self.needs_all_ranks:
+            synced_gpus = True
+        return self.base_model.generate(*args, synced_gpus=synced_gpus, **kwargs)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from transformers import HfArgumentParser, TrainingArguments
 
 from ldmole_ds.config import EXPERT_DISPATCH, PRESETS, QUANTIZATIONS, LDMoLEConfig
+from ldmole_ds.layers.routers import ROUTERS
 from ldmole_ds.training.batch import BatchArguments
 from ldmole_ds.training.runtime import UserError
 from ldmole_ds.training.settings_file import as_argv, read_settings_file
@@ -119,7 +120,8 @@ def _adapter_arguments() -> type:
             default = field(default_factory=lambda: ["all-linear"], metadata=dict(f.metadata))
             fields.append((f.name, list[str], default))
         else:
-            fields.append((f.name, hints[f.name], field(default=f.default, metadata=dict(f.metadata))))
+            choices = {"choices": tuple(ROUTERS)} if f.name == "router" else {}
+            fields.append((f.name, hints[f.name], field(default=f.default, metadata={**f.metadata, **choices})))
     text = f"Named adapter settings, which any flag overrides: {', '.join(PRESETS)}; see docs/method.md."
     fields.append(("preset", str | None, _field(None, text)))
     namespace = {"_argument_group_name": "adapter", "__doc__": "The adapter: fields of `LDMoLEConfig`."}

@@ -33,6 +33,9 @@ class LDMoLETrainer(Trainer):
     losses, normalised over the whole optimizer step; logs hold the routing; saving writes the whole adapter. Batches
     with ``candidate_ids`` and ``gold`` (multiple choice) are evaluated by the candidates' log-probabilities.
 
+    Another trainer whose loss is the model's own gets all of it by inheriting from both, this one first:
+    ``class LDMoLESFTTrainer(LDMoLETrainer, SFTTrainer)``, see ``examples/trl_sft.py``.
+
     Raises:
         ValueError: A combination that would train wrongly; the message names the setting and the remedy.
     """
@@ -52,6 +55,11 @@ class LDMoLETrainer(Trainer):
         self._window: dict[str, Any] = {"tokens": 0, "start": time.perf_counter(), "losses": {}, "step": 0}
         self.tokens_timed, self.train_seconds = 0, 0.0
         check_trainable(model, self.args, self._zero_stage)
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                "compute_loss_func would leave out the auxiliary losses: override compute_loss in a subclass instead, "
+                "and add model.weighted(outputs.aux_losses)"
+            )
 
     @property
     def _zero_stage(self) -> int | None:
@@ -117,7 +125,9 @@ class LDMoLETrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy (smoothed if asked for) plus auxiliary losses, as this rank's share of the global mean."""
         inputs = {k: v for k, v in inputs.items() if k not in _CHOICE_FIELDS}
-        inputs = self._accepted(_keep_answer_logits(inputs, self._forward_parameters))
+        if not return_outputs:  # metrics want all logits
+            inputs = _keep_answer_logits(inputs, self._forward_parameters)
+        inputs = self._accepted(inputs)
         # A model that takes num_items_in_batch returns its share of the whole optimizer step; one that does not,
         # the mean of its micro-batch, which the Trainer averages.
         num_items = num_items_in_batch if self.model_accepts_loss_kwargs else None
@@ -149,7 +159,8 @@ class LDMoLETrainer(Trainer):
 
     @property
     def _forward_parameters(self) -> set[str]:
-        return set(inspect.signature(self.model.forward).parameters)
+        # Not of our model: other trainers put forwards of their own in front of it.
+        return set(inspect.signature(self.model.base_model.forward).parameters)
 
     def _accepted(self, inputs: dict) -> dict:
         if "position_ids" in inputs and "position_ids" not in self._forward_parameters:

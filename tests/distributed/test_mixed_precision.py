@@ -66,6 +66,7 @@ def overflow_in_one_expert(rank, world_size):
             seen.append({"loss": loss, "skipped": engine.skipped_steps, "scale": scale, "state": state})
         assert {p.dtype for p in model.parameters()} == {torch.float16}
         found[stage] = seen
+        engine.destroy()
     return found
 
 
@@ -84,6 +85,7 @@ def float32_adapters(rank, world_size):
         losses = [train_step(engine, rank, seed=step) for step in range(2)]
         dtypes = {str(p.dtype): p.requires_grad for p in model.parameters()}
         found[stage] = {"losses": losses, "state": gather_adapter_state(model), "dtypes": dtypes}
+        engine.destroy()
     return found
 
 
@@ -93,7 +95,7 @@ def both(rank, world_size):
 
 @pytest.fixture(scope="module")
 def per_rank():
-    return run_distributed(both, 2, deepspeed=True, timeout_s=300)
+    return run_distributed(both, 2, deepspeed=True, timeout_s=600)
 
 
 def distance(one, other):

@@ -1,12 +1,9 @@
 """launch/train.py through the real DeepSpeed launcher, on a tiny random model: from the command to a loaded adapter."""
 
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,37 +11,7 @@ import torch
 from ldmole_ds.model import LDMoLEModel
 from ldmole_ds.model.base_model import load_base_model, load_tokenizer
 from ldmole_ds.tasks import ChoiceCollator, ChoiceDataset, padding_id, read_labels, read_questions, score_candidates
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-def launch(*flags, ranks: int = 2, timeout_s: float = 300) -> subprocess.CompletedProcess:
-    """``deepspeed --num_gpus RANKS launch/train.py FLAGS`` in a process group of its own, killed whole on timeout."""
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port()), "launch/train.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    process = subprocess.Popen(
-        [*command, *map(str, flags)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        output, _ = process.communicate()
-        pytest.fail(f"no end after {timeout_s} s:\n{output[-4000:]}")
-    return subprocess.CompletedProcess(process.args, process.returncode, output)
+from tests.launcher import ROOT, launch
 
 
 @pytest.fixture(scope="module")

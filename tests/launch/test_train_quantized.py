@@ -10,7 +10,7 @@ import torch
 from ldmole_ds.training.arguments import parse_flags
 from ldmole_ds.training.run import train
 from ldmole_ds.training.runtime import UserError
-from tests.launch.test_train import ROOT, launch
+from tests.launcher import ROOT, launch
 
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install bitsandbytes")
 

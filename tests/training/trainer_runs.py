@@ -25,7 +25,9 @@ def collate(items: list[dict]) -> dict:
     return {key: value[:, -width:] for key, value in batch.items()}
 
 
-def make_trainer(micro: int, accumulation: int, ds_config: dict | None = None, ep_size: int = 1, **changes):
+def make_trainer(
+    micro: int, accumulation: int, ds_config: dict | None = None, ep_size: int = 1, eval_dataset=None, **changes
+):
     """A trainer of eight rows per optimizer step over all ranks; import it where accelerate's state is ready."""
     from ldmole_ds.training.arguments import LDMoLETrainingArguments
     from ldmole_ds.training.trainer import LDMoLETrainer
@@ -55,7 +57,7 @@ def make_trainer(micro: int, accumulation: int, ds_config: dict | None = None, e
         values |= {"deepspeed": ds_config, "accelerator_config": {"use_configured_state": True}}
     model = tiny_model(ep_size=ep_size)
     arguments = LDMoLETrainingArguments(**{**values, **changes})
-    return InOrder(model, arguments, train_dataset=rows(), data_collator=collate)
+    return InOrder(model, arguments, train_dataset=rows(), eval_dataset=eval_dataset, data_collator=collate)
 
 
 def train(trainer) -> dict:
