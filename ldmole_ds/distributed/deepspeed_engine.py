@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from ldmole_ds.distributed.deepspeed_groups import create_expert_groups, deepspeed_names, is_expert_parameter
+from ldmole_ds.distributed.deepspeed_groups import is_expert_parameter
+from ldmole_ds.distributed.deepspeed_private import ENGINE_HOOK, check_placement, create_expert_groups, private
 
 MARKER_NAME = "expert_parallel_marker"
-_HOOK = "_configure_distributed_model"
 
 
 def prepare_engines() -> None:
@@ -29,8 +29,8 @@ def prepare_engines() -> None:
     module = sys.modules.get("deepspeed.runtime.engine")
     if module is None:
         return
-    with deepspeed_names("the engine"):
-        take_in = getattr(module.DeepSpeedEngine, _HOOK)
+    engine_class = private(module, "DeepSpeedEngine")
+    take_in = private(engine_class, ENGINE_HOOK)
     if getattr(take_in, "prepares_experts", False):
         return
 
@@ -40,7 +40,7 @@ def prepare_engines() -> None:
         return take_in(engine, model)
 
     prepared.prepares_experts = True
-    setattr(module.DeepSpeedEngine, _HOOK, prepared)
+    setattr(engine_class, ENGINE_HOOK, prepared)
 
 
 def _prepare_model(model: nn.Module, engine: Any) -> None:
@@ -65,30 +65,16 @@ def _prepare_model(model: nn.Module, engine: Any) -> None:
         )
     create_expert_groups(ep_size)
     if stage == 3:
-        _check_placement()
+        check_placement()
         model._modules.pop(MARKER_NAME, None)
     elif MARKER_NAME not in model._modules:
         model.add_module(MARKER_NAME, _moe_marker(ep_size))
 
 
-def _check_placement() -> None:
-    """Stage 3 must know parameters placed as `mark_expert_parameter` does; before 0.19.3 it averages different experts.
-
-    Raises:
-        RuntimeError: It does not.
-    """
-    with deepspeed_names("experts under ZeRO stage 3"):
-        from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-
-        assert DeepSpeedZeroOptimizer_Stage3._autoep_expert_parallel_group
-
-
 def _moe_marker(ep_size: int) -> nn.Module:
     """An empty module of DeepSpeed's MoE type. With no local experts, no per-expert files are written or looked for."""
-    with deepspeed_names("MoE layers"):
-        from deepspeed.moe.layer import MoE
 
-    class ExpertParallelMarker(MoE):
+    class ExpertParallelMarker(private("deepspeed.moe.layer", "MoE")):
         def __init__(self) -> None:
             nn.Module.__init__(self)
             self.num_experts = ep_size

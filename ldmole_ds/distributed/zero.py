@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import nn
 
-from ldmole_ds.distributed.deepspeed_groups import deepspeed_names
+from ldmole_ds.distributed.deepspeed_private import parameters_in_flight, private, whole_shape
 
 
 def is_zero3_parameter(param: torch.Tensor) -> bool:
@@ -37,20 +37,14 @@ def finish_prefetches(model: nn.Module) -> None:
 
     After an evaluation some always are; gathering them a second time would abort.
     """
-    if not hasattr(model, "ds_id"):  # no engine of stage 3 has taken it in
-        return
-    with deepspeed_names("parameters in flight under ZeRO stage 3"):
-        in_flight = model.ds_inflight_param_registry
+    in_flight = parameters_in_flight(model)
     for param in list(in_flight):
         in_flight.pop(param).wait()
 
 
 def full_shape(param: torch.Tensor) -> torch.Size:
     """The whole parameter's shape, also while ZeRO-3 has released its data."""
-    if not is_zero3_parameter(param):
-        return param.shape
-    with deepspeed_names("a parameter under ZeRO stage 3"):
-        return torch.Size(param.ds_shape)
+    return whole_shape(param) if is_zero3_parameter(param) else param.shape
 
 
 def partitioned_init(config: dict) -> AbstractContextManager:
@@ -70,8 +64,9 @@ def outside_partitioned_init() -> Iterator[None]:
     if partitioning is None:
         yield
         return
-    partitioning.shutdown_init_context()
+    leave, enter = private(partitioning, "shutdown_init_context"), private(partitioning, "restore_init_context")
+    leave()
     try:
         yield
     finally:
-        partitioning.restore_init_context()
+        enter()

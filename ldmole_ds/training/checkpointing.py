@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ldmole_ds.distributed.deepspeed_groups import refresh_expert_weights
-
 
 def adapt_engine(engine: Any) -> None:
     """Make ``engine.save_checkpoint`` leave out frozen weights, and ``load_checkpoint`` restore this rank's experts.
@@ -25,7 +23,7 @@ def adapt_engine(engine: Any) -> None:
         kwargs["load_module_strict"] = False
         result = load(load_dir, *args, **kwargs)
         if engine.zero_optimization_stage() in (1, 2):
-            refresh_expert_weights(engine)
+            engine.optimizer.update_lp_params()
         return result
 
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint

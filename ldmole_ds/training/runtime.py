@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ldmole_ds.distributed import PeerError
-from ldmole_ds.distributed.deepspeed_groups import skip_shared_memory_op
+from ldmole_ds.distributed.deepspeed_private import skip_shared_memory_op
 
 # What users can get wrong, and our own clear sentences; anything else keeps its traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError, NotImplementedError, ImportError)

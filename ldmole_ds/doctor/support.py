@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from packaging.version import InvalidVersion, Version
 
 TESTED = {
-    "python": ("3.11", "3.11"),
-    "torch": ("2.13.0", "2.13.0"),
-    "transformers": ("5.0.0", "5.23.0"),
-    "deepspeed": ("0.19.0", "0.19.8"),
+    "python": ("3.10", "3.11"),
+    "torch": ("2.11.0", "2.13.0"),
+    "transformers": ("5.4.0", "5.23.0"),
+    "deepspeed": ("0.19.3", "0.19.8"),
     "accelerate": ("1.10.0", "1.15.0"),
     "datasets": ("4.0.0", "5.2.0"),
 }

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ldmole_ds.analysis.exchange_check import ExchangeCheck
-from ldmole_ds.analysis.findings import Finding, of_job
-from ldmole_ds.analysis.link import LinkTime
-from ldmole_ds.analysis.machine import RankFacts
-from ldmole_ds.analysis.support import TESTED, is_tested, tested_range
+from ldmole_ds.doctor.exchange import ExchangeCheck
+from ldmole_ds.doctor.findings import Finding, of_job
+from ldmole_ds.doctor.link import LinkTime
+from ldmole_ds.doctor.machine import RankFacts
+from ldmole_ds.doctor.support import TESTED, is_tested, tested_range
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Report:
         backend: Of the world group: nccl, gloo, ...
         ep_size: Ranks in a group, in the link's and the exchange's measurement.
         ranks: By global rank.
-        link: Times of the collectives.
+        link: Times of the collectives, smallest buffers first.
         exchange: Verdicts of both dispatchers.
     """
 
@@ -74,10 +74,13 @@ class Report:
             by_size.setdefault(time.num_bytes, []).append(time)
         rows = [["size", *(f"{name} {unit}" for name in names for unit in ("ms", "GB/s"))]]
         for num_bytes, times in by_size.items():
-            figures = [(f"{t.seconds * 1e3:.3f}", f"{t.bandwidth / 1e9:.3g}") for t in times]
+            figures = [(f"{t.seconds * 1e3:.3f}", _rate(t.bandwidth)) for t in times]
             rows.append([_size(num_bytes), *(text for pair in figures for text in pair)])
-        head = f"collectives in groups of {self.ep_size} rank(s): median time, and what a rank sends to others"
-        return f"{head}\n{_table(rows)}"
+        exchanges = [time for time in self.link if time.collective == "all-to-all"]
+        rate = _rate(max(time.bandwidth for time in exchanges))
+        sent = f"bandwidth {rate} GB/s" if self.ep_size > 1 else "nothing is sent to others"
+        head = f"all-to-all among {self.ep_size} rank(s): latency {exchanges[0].seconds * 1e6:.0f} us, {sent}"
+        return f"{head}\nmedian times, and what each rank sends to others:\n{_table(rows)}"
 
     def _exchange(self) -> str:
         rows = [["exchange of", "result", "difference from all experts in one place", "collectives"]]
@@ -88,6 +91,10 @@ class Report:
     def _what_to_fix(self) -> str:
         found = [f"  {finding}" for finding in self.findings]
         return "\n".join(["what to fix", *found]) if found else "what to fix: nothing found"
+
+
+def _rate(bandwidth: float) -> str:
+    return f"{bandwidth / 1e9:.3g}" if bandwidth else "-"
 
 
 def _size(num_bytes: int | None) -> str:

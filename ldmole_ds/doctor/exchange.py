@@ -21,6 +21,7 @@ from ldmole_ds.distributed import (
     ExpertWeights,
     LocalTokenDispatcher,
     WeightGatherDispatcher,
+    expert_parallel,
 )
 from ldmole_ds.distributed.all_to_all import exchange_counts
 from ldmole_ds.distributed.expert_exchange import DispatchPlan
@@ -63,16 +64,28 @@ class LoopbackDispatcher(AllToAllTokenDispatcher):
         )
 
 
-def single_rank_group() -> ExpertParallel:
-    """The layout of a job of one rank whose exchange is forced: groups of that one rank."""
-    return ExpertParallel(ep_group=dist.group.WORLD, edp_group=dist.group.WORLD)
+def exchange_groups(ep_size: int | None = None) -> ExpertParallel:
+    """Who exchanges tokens with whom. Collective.
+
+    Args:
+        ep_size: Ranks of an EP group, all by default. A job of one rank gets a group of itself.
+
+    Raises:
+        ValueError: It does not divide the ranks, or is 1 of several, where nothing would be exchanged.
+    """
+    world_size = dist.get_world_size()
+    if world_size == 1 and ep_size in (None, 1):
+        return ExpertParallel(ep_group=dist.group.WORLD, edp_group=dist.group.WORLD)
+    if ep_size == 1:
+        raise ValueError("with --ep_size 1 no tokens are exchanged: leave it out, or give 2 or more")
+    return expert_parallel(world_size if ep_size is None else ep_size)
 
 
 def check_exchange(topology: ExpertParallel, device: torch.device) -> list[ExchangeCheck]:
     """Both dispatchers against `LocalTokenDispatcher` with all experts. Collective over the whole job.
 
     Args:
-        topology: With an EP group; for one rank `single_rank_group`.
+        topology: Of `exchange_groups`.
         device: Where tensors are; the group's backend must take it.
     """
     alone = topology.ep_size == 1

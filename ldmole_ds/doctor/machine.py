@@ -117,6 +117,13 @@ def rank_facts(rank: int, accelerator: str, output_dir: Path, versions: dict[str
     )
 
 
+def accelerator_versions(accelerator: str) -> dict[str, str]:
+    """Of CUDA and NCCL, which torch brings; nothing without a GPU."""
+    if accelerator != "cuda":
+        return {}
+    return {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+
+
 def _existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
     folder = folder.absolute()

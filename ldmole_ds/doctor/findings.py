@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from ldmole_ds.analysis.machine import RankFacts, StartFacts
-from ldmole_ds.analysis.support import tested_range, untested
+from ldmole_ds.doctor.machine import RankFacts, StartFacts
+from ldmole_ds.doctor.support import tested_range, untested
 
 MIN_SHM, MIN_DISK = 512 << 20, 1 << 30
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
