@@ -35,7 +35,9 @@ class Report:
     @property
     def findings(self) -> list[Finding]:
         """What to fix."""
-        return of_job(self.ranks)
+        remedy = "Do not train on this job: install tested versions, and see with --parity which layouts are wrong"
+        failed = [check.dispatch for check in self.exchange if not check.passed]
+        return [*of_job(self.ranks), *(Finding("exchange", f"the one of {name} is wrong", remedy) for name in failed)]
 
     @property
     def passed(self) -> bool:
