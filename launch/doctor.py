@@ -33,7 +33,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE, as JSON")
     parser.add_argument("--ep_size", type=int, help="without --parity: ranks that exchange tokens (default: all)")
     parser.add_argument("--output_dir", type=Path, default=Path("runs"), help="whose disk space to look at")
-    parser.add_argument("--ddp_timeout", type=int, default=300, help="seconds until a collective gives up")
+    parser.add_argument(
+        "--ddp_timeout", type=int, default=300, help="seconds until a collective gives up (default: 300)"
+    )
     parser.add_argument("--quick", action="store_true", help="with --parity: two or three layouts only")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     parser.error = _refuse

@@ -30,22 +30,19 @@ def private(owner: object, name: str) -> Any:
     try:
         return getattr(import_module(owner) if isinstance(owner, str) else owner, name)
     except (ImportError, AttributeError) as error:
-        raise RuntimeError(f"this DeepSpeed has no {name} where it used to be ({error}): {TESTED_VERSION}") from error
+        raise RuntimeError(
+            f"this DeepSpeed has no {name} where this package looks for it ({error}): {TESTED_VERSION}"
+        ) from error
 
 
 def create_expert_groups(ep_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """DeepSpeed's (EP group, EDP group) of this rank for ``ep_size``, made on first use. Collective."""
-    groups = "deepspeed.utils.groups"
-    made, create = (
-        private(groups, "_get_expert_parallel_group_dict"),
-        private(groups, "_create_expert_and_data_parallel"),
-    )
-    ep_group, edp_group = (
-        private(groups, "_get_expert_parallel_group"),
-        private(groups, "_get_expert_data_parallel_group"),
-    )
-    name = f"ep_size_{ep_size}"
-    if name not in made():
+    groups, name = "deepspeed.utils.groups", f"ep_size_{ep_size}"
+    created = private(groups, "_get_expert_parallel_group_dict")
+    create = private(groups, "_create_expert_and_data_parallel")
+    ep_group = private(groups, "_get_expert_parallel_group")
+    edp_group = private(groups, "_get_expert_data_parallel_group")
+    if name not in created():
         create(ep_size)
     return ep_group(name), edp_group(name)
 
