@@ -27,6 +27,8 @@ _LAUNCHER_VARIABLES = {
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 }
+# Ranks on this node. accelerate knows Open MPI's name and torchrun's LOCAL_WORLD_SIZE, and with neither may set 1.
+_LOCAL_SIZES = ("LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 
 class UserError(Exception):
@@ -34,7 +36,7 @@ class UserError(Exception):
 
 
 def discover_ranks(use_deepspeed: bool = True) -> str:
-    """Fill RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT from what the launcher exports.
+    """Fill RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT from what the launcher exports.
 
     A single process without DeepSpeed needs none of them and is left alone.
 
@@ -61,6 +63,9 @@ def discover_ranks(use_deepspeed: bool = True) -> str:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     os.environ.setdefault("LOCAL_RANK", "0")
+    for name in _LOCAL_SIZES:
+        if name in os.environ:
+            os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ[name])
     return source
 
 
