@@ -132,8 +132,8 @@ def main() -> None:
             "# Checkpoints",
             f"SmolLM2-135M, 8 experts of rank 8 on every projection: {parameters['trainable'] / 1e6:.1f} M trainable, "
             f"{parameters['base'] / 1e6:.0f} M frozen parameters, float32, AdamW. 2 ranks, ep_size "
-            f"{arguments.ep_size}, ZeRO {arguments.stage}. Medians of {arguments.repeats} (least to most), all forms in "
-            "turn. Reproduce: `python benchmarks/checkpoint.py`.",
+            f"{arguments.ep_size}, ZeRO {arguments.stage}. Medians of {arguments.repeats} (least to most), all forms "
+            "in turn. Reproduce: `python benchmarks/checkpoint.py`.",
             f"{date.today()}, {os.cpu_count()} CPU cores ({platform.machine()}), gloo. "
             + ", ".join(f"{k} {v}" for k, v in versions().items()),
             table(found) + "\n",

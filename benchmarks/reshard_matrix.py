@@ -68,8 +68,8 @@ def main() -> None:
             "# Resharding matrix",
             "Layouts are ranks/ep_size/ZeRO stage. Every checkpoint (after three AdamW steps of the contract's small "
             "Llama) loaded into every layout. A number says that weights, moments and steps were the same bit for bit, "
-            "and is the largest relative difference of loss and gradient norm of the next two steps from one dense process "
-            "that never stopped (bar 1e-5). Reproduce: `python benchmarks/reshard_matrix.py`.",
+            "and is the largest relative difference of loss and gradient norm of the next two steps from one dense "
+            "process that never stopped (bar 1e-5). Reproduce: `python benchmarks/reshard_matrix.py`.",
             f"{len(pairs) - len(set(differ) | set(astray))} of {len(pairs)} pairs pass; "
             f"{time.perf_counter() - begin:.0f} s, {date.today()}, {os.cpu_count()} cores ({platform.machine()}), "
             "gloo. "
