@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldmole_ds.layers import ForwardContext
-from ldmole_ds.model import ldmole_model
+from ldmole_ds.model import adapted_forward
 from tests.tiny import tiny_config, tiny_llama, tiny_model, wake_experts
 
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -72,7 +72,7 @@ def test_generating_records_nothing(model, monkeypatch):
         contexts.append(ForwardContext(**kwargs))
         return contexts[-1]
 
-    monkeypatch.setattr(ldmole_model, "ForwardContext", keep)
+    monkeypatch.setattr(adapted_forward, "ForwardContext", keep)
     generated(model, PROMPTS)
     assert len(contexts) == 6 and not any(context.records for context in contexts)
     assert model.routing_summary() == {}
