@@ -89,6 +89,8 @@ class AdaptedForward(nn.Module):
         Raises:
             FloatingPointError: Non-finite routing, on every rank, naming the layer.
         """
+        if not self._holder.enabled:
+            return self.base_model(*args, **kwargs)
         bound, context = self._begin(args, kwargs, gradient_accumulation_steps)
         try:
             with self._holder.use(context):
@@ -178,7 +180,7 @@ class AdaptedForward(nn.Module):
 
     def _open_context(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Calls that bypass our forward (``generate``) still see their padding mask; they record nothing."""
-        if self._holder.current is None:
+        if self._holder.enabled and self._holder.current is None:
             mask = self._bind(args, kwargs).get("attention_mask")
             self._holder.current = ForwardContext(padding_mask=padding_mask_of(mask), recording=False)
             self._opened_by_hook = True

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ldmole_ds.config import LDMoLEConfig
 from ldmole_ds.distributed.zero import is_zero3_parameter
-from ldmole_ds.layers import AdaptedLinear
-from ldmole_ds.model import adapter_io, reference_adapter
+from ldmole_ds.model import adapter_io, hub, reference_adapter
 from ldmole_ds.model.adapted_forward import AdaptedForward
 
 REENTRANT_REFUSED = (
@@ -80,9 +79,9 @@ class LDMoLEModel(AdaptedForward):
     def needs_all_ranks(self) -> bool:
         """Whether a forward pass has collectives, so that all ranks must run equally many.
 
-        It has where experts are partitioned, or where ZeRO-3 gathers parameters.
+        It has where experts are partitioned and not disabled, or where ZeRO-3 gathers parameters.
         """
-        partitioned = any(group.partitioned for group in self.input_groups)
+        partitioned = self._holder.enabled and any(group.partitioned for group in self.input_groups)
         return self.topology.world_size > 1 and (partitioned or any(map(is_zero3_parameter, self.parameters())))
 
     def generate(self, *args: Any, synced_gpus: bool | None = None, **kwargs: Any) -> Any:
@@ -99,16 +98,23 @@ class LDMoLEModel(AdaptedForward):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Inside, the model is the bare base model."""
-        layers = [m for m in self.base_model.modules() if isinstance(m, AdaptedLinear)]
-        before = [layer.enabled for layer in layers]
-        for layer in layers:
-            layer.enabled = False
+        """Inside, the model is the bare base model: its exact outputs, no auxiliary losses, no expert collective.
+
+        May be nested; the adapter is back after the outermost one, exceptions included.
+
+        Raises:
+            ValueError: ``modules_to_save`` were trained in place, so that the base's own weights are gone.
+        """
+        if self.adapter_config.modules_to_save:
+            raise ValueError(
+                f"disable_adapter: {self.adapter_config.modules_to_save} (modules_to_save) are trained in place, and "
+                "the base's own weights are not kept: load the base model a second time for its outputs"
+            )
+        before, self._holder.enabled = self._holder.enabled, False
         try:
             yield
         finally:
-            for layer, enabled in zip(layers, before, strict=True):
-                layer.enabled = enabled
+            self._holder.enabled = before
 
     def routing_summary(self, reduce: bool = False) -> dict[str, dict]:
         """Per projection: mean experts per token, load per expert, mean lambda and its spread over tokens, live hidden
@@ -130,16 +136,76 @@ class LDMoLEModel(AdaptedForward):
         """
         adapter_io.save_adapter(self, Path(save_directory))
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload the adapter",
+        create_pr: bool = False,
+    ) -> str | None:
+        """Upload the adapter's two files, and a model card where there is none, in one commit.
+
+        Collective: every rank calls it; rank 0 uploads.
+
+        Args:
+            repo_id: ``user/adapter``; made if it does not exist.
+            private: Whether a new repository is private; default: as the user's settings say.
+            token: Default: the one stored by ``hf auth login``.
+            revision: Branch, made if it does not exist; default: main.
+            commit_message: Of the commit.
+            create_pr: Open a pull request instead.
+
+        Returns:
+            The commit's address on rank 0, None on others.
+
+        Raises:
+            OSError: The upload failed; on every rank.
+        """
+        return hub.push_adapter(
+            self,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+
     @classmethod
     def from_pretrained(
-        cls, base_model: nn.Module, folder: str | Path, *, ep_size: int = 1, expert_dispatch: str = "tokens"
+        cls,
+        base_model: nn.Module,
+        folder: str | Path,
+        *,
+        ep_size: int = 1,
+        expert_dispatch: str = "tokens",
+        revision: str | None = None,
+        token: str | None = None,
     ) -> LDMoLEModel:
-        """Wrap ``base_model`` and load an adapter; needs torch, transformers and safetensors only."""
+        """Wrap ``base_model`` and load an adapter; needs torch, transformers and safetensors only.
+
+        Args:
+            base_model: The model that the adapter was trained on, bare.
+            folder: An adapter's or a checkpoint's folder, or a hub id, of which two files are fetched.
+            ep_size, expert_dispatch: As in `get_ldmole_model`; they need not be those of training.
+            revision, token: Of a hub id.
+
+        Returns:
+            The model in eval mode.
+
+        Raises:
+            FileNotFoundError: There is no such adapter.
+            ValueError: The adapter is damaged, holds NaN, or belongs to another base model.
+        """
         from ldmole_ds.model.inject import get_ldmole_model
 
-        config = LDMoLEConfig.from_pretrained(folder)
+        path = hub.adapter_folder(folder, revision=revision, token=token)
+        config, state = LDMoLEConfig.from_pretrained(path), adapter_io.read_adapter(path)
         model = get_ldmole_model(base_model, config, ep_size=ep_size, expert_dispatch=expert_dispatch)
-        adapter_io.load_adapter(model, Path(folder))
+        adapter_io.load_state(model, state, source=str(path))
         return model.eval()
 
     def load_reference_adapter(self, state_dict_or_path: dict[str, Tensor] | str | Path) -> None:
