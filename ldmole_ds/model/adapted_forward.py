@@ -54,8 +54,10 @@ class AdaptedForward(nn.Module):
         )
         self._gathering = [(d, [g for g in input_groups if g.dispatcher is d]) for d in gathering]
         self._holder = holder
-        base_model.register_forward_pre_hook(self._open_context, with_kwargs=True)
-        base_model.register_forward_hook(self._close_context, always_call=True)
+        self._hooks = [
+            base_model.register_forward_pre_hook(self._open_context, with_kwargs=True),
+            base_model.register_forward_hook(self._close_context, always_call=True),
+        ]
         adopt_signature(self, base_model)
         if has_quantized_layers(base_model):
             self.register_state_dict_post_hook(drop_quantization_state)
@@ -63,6 +65,12 @@ class AdaptedForward(nn.Module):
         if config is not None:
             ignored = list(getattr(config, "keys_to_ignore_at_inference", None) or ["past_key_values"])
             config.keys_to_ignore_at_inference = [*ignored, *({"aux_losses"} - set(ignored))]
+
+    def release_base(self) -> None:
+        """Leave the base model without a trace of the wrapper; this model cannot be used any more."""
+        for hook in self._hooks:
+            hook.remove()
+        vars(getattr(self.base_model, "config", self)).pop("keys_to_ignore_at_inference", None)
 
     @torch.compiler.disable(recursive=False)  # torch.compile takes the base model; what is around it depends on data
     def forward(

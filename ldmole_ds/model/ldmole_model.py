@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldmole_ds.config import LDMoLEConfig
 from ldmole_ds.distributed.zero import is_zero3_parameter
-from ldmole_ds.model import adapter_io, hub, reference_adapter
+from ldmole_ds.model import adapter_io, hub, merge, reference_adapter
 from ldmole_ds.model.adapted_forward import AdaptedForward
 
 REENTRANT_REFUSED = (
@@ -207,6 +207,18 @@ class LDMoLEModel(AdaptedForward):
         model = get_ldmole_model(base_model, config, ep_size=ep_size, expert_dispatch=expert_dispatch)
         adapter_io.load_state(model, state, source=str(path))
         return model.eval()
+
+    def merge_and_unload(self) -> nn.Module:
+        """The base model with a plain LoRA adapter (router ``lora``) added into its weights, as in PEFT.
+
+        Equal outputs but for rounding to the base's dtype; ``save_pretrained`` writes an ordinary model. This model
+        must not be used afterwards: its layers are taken apart.
+
+        Raises:
+            ValueError: Merging would not be exact (a mixture's weights depend on the token), the base is quantised, or
+                ZeRO-3 holds its weights; the model is as it was.
+        """
+        return merge.merge_and_unload(self)
 
     def load_reference_adapter(self, state_dict_or_path: dict[str, Tensor] | str | Path) -> None:
         """Load weights written by the authors' code; see `reference_adapter`."""
