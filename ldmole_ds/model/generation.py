@@ -23,8 +23,8 @@ def generate_texts(
 ) -> list[str]:
     """What the model adds to each prompt, in the order of the prompts.
 
-    Without sampling the batch size changes nothing. Sampling draws for a whole batch at once: set torch's seed before,
-    and keep the batch size, to get the same texts again.
+    Without sampling the batch size changes rounding at most. Sampling draws for a whole batch at once: set torch's seed
+    before, and keep the batch size, to get the same texts again.
 
     Args:
         model: An `LDMoLEModel` or any causal language model, in eval mode.

@@ -13,6 +13,7 @@ from ldmole_ds.config import LDMoLEConfig
 from ldmole_ds.distributed.zero import is_zero3_parameter
 from ldmole_ds.model import adapter_io, hub, merge, reference_adapter
 from ldmole_ds.model.adapted_forward import AdaptedForward
+from ldmole_ds.model.adapter_checks import check_against_config
 
 REENTRANT_REFUSED = (
     "reentrant checkpointing loses the auxiliary losses' graph: pass use_reentrant=False "
@@ -204,6 +205,7 @@ class LDMoLEModel(AdaptedForward):
 
         path = hub.adapter_folder(folder, revision=revision, token=token)
         config, state = LDMoLEConfig.from_pretrained(path), adapter_io.read_adapter(path)
+        check_against_config(config, state, path)
         model = get_ldmole_model(base_model, config, ep_size=ep_size, expert_dispatch=expert_dispatch)
         adapter_io.load_state(model, state, source=str(path))
         return model.eval()

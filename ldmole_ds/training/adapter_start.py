@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ldmole_ds.config import LDMoLEConfig
+from ldmole_ds.model.adapter_checks import check_against_config
 from ldmole_ds.model.adapter_io import read_adapter
 from ldmole_ds.model.hub import adapter_folder
 from ldmole_ds.tasks.demo import EMBEDDED
@@ -45,10 +46,12 @@ def start_from_adapter(flags: Namespace) -> tuple[LDMoLEConfig, dict[str, Tensor
     name = flags.adapter_name_or_path
     folder = adapter_folder(name, revision=flags.adapter_revision, token=flags.token)
     held, asked = LDMoLEConfig.from_pretrained(folder), adapter_config(flags)
+    state = read_adapter(folder)
+    check_against_config(held, state, folder)
     _refuse_contradictions(name, held, asked, flags.given)
     _take_base(flags, held, folder)
     changes = {key: getattr(asked, key) for key in TRAINING_SETTINGS & flags.given}
-    return replace(held, **changes, adapter_dtype=asked.adapter_dtype), read_adapter(folder)
+    return replace(held, **changes, adapter_dtype=asked.adapter_dtype), state
 
 
 def _refuse_contradictions(name: str, held: LDMoLEConfig, asked: LDMoLEConfig, given: frozenset[str]) -> None:

@@ -27,10 +27,12 @@ def nan_at_the_end(state):
         (lambda s: s[f"{Q_PROJ}.router"].fill_(float("-inf")), f"{Q_PROJ}.router holds NaN or infinite"),
         (lambda s: s.update({f"{Q_PROJ}.lora_A": s[f"{Q_PROJ}.lora_A"].int()}), "is int32, not float32 or bfloat16"),
         (lambda s: s.update({f"{Q_PROJ}.lora_A": s[f"{Q_PROJ}.lora_A"].double()}), "is float64, not float32"),
+        (lambda s: s.pop(f"{Q_PROJ}.lora_B"), f"lacks {Q_PROJ}.lora_B"),
+        (lambda s: s.update(extra=torch.zeros(1)), "no place for: ['extra']"),
         (lambda s: s.update({f"{Q_PROJ}.lora_B": torch.zeros(8, 64, 0)}), "has no values (shape (8, 64, 0))"),
     ],
 )
-def test_values_are_checked_before_the_base_is_touched(tmp_path, change, message):
+def test_tensors_are_checked_before_the_base_is_touched(tmp_path, change, message):
     tiny_model().save_pretrained(tmp_path)
     state = load_file(tmp_path / WEIGHTS_NAME)
     change(state)
@@ -39,7 +41,7 @@ def test_values_are_checked_before_the_base_is_touched(tmp_path, change, message
     with pytest.raises(ValueError) as caught:
         LDMoLEModel.from_pretrained(base, tmp_path)
     assert message in str(caught.value) and str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
-    LDMoLEModel.from_pretrained(base, _good(tmp_path / "good"))
+    LDMoLEModel.from_pretrained(base, _good(tmp_path / "good"))  # refused if it had experts already
 
 
 def _good(folder):
