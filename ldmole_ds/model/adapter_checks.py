@@ -10,12 +10,11 @@ from torch import Tensor
 
 from ldmole_ds.config import LDMoLEConfig
 from ldmole_ds.layers.routers import build_router
+from ldmole_ds.model.canonical import L1_EXPONENT
 from ldmole_ds.model.grouping import group_name
 from ldmole_ds.model.layer_experts import expert_counts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Router relu's control counts in whole numbers.
-L1_EXPONENT = "adaptive_l1.exponent"
 _OWN_KEY = re.compile(r"^lambda_mlp\.|^adaptive_l1\.|\.(lora_A|lora_B|router)$")
 
 
@@ -33,6 +32,7 @@ def check_values(state: dict[str, Tensor], source: Any) -> None:
     for key, value in state.items():
         if value.numel() == 0:
             raise ValueError(f"{source}: {key} has no values (shape {tuple(value.shape)}): {remedy}")
+        # Router relu's control counts in whole numbers.
         allowed = (torch.int64,) if key == L1_EXPONENT else DTYPES
         if value.dtype not in allowed:
             names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)

@@ -22,10 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ldmole_ds.checkpoint import TrainingState, has_training_state, problem_of
 from ldmole_ds.config import CONFIG_NAME, WEIGHTS_NAME
 from ldmole_ds.distributed import ExpertParallel
 from ldmole_ds.distributed.zero import finish_prefetches, full_shape, gathered
-from ldmole_ds.model.adapter_checks import L1_EXPONENT, check_values
+from ldmole_ds.model.adapter_checks import check_values
+from ldmole_ds.model.canonical import L1_EXPONENT, adapter_state
 from ldmole_ds.model.quantized import num_weights
 
 if TYPE_CHECKING:
@@ -144,12 +146,22 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """The canonical state of an adapter folder, on the CPU. Safetensors only: no pickle is ever opened.
+    """The adapter of an adapter's or a checkpoint's folder, on the CPU. Safetensors only: no pickle is ever opened.
+
+    A checkpoint gives its float32 weights, after its files are compared with their manifest.
 
     Raises:
         FileNotFoundError: The folder holds no adapter weights.
-        ValueError: The file is damaged, or a tensor is empty, not floating point, or not finite.
+        ValueError: A file is damaged, or a tensor is empty, not floating point, or not finite.
+        CheckpointError: The checkpoint contradicts itself.
     """
+    if has_training_state(folder):
+        problem = problem_of(folder)
+        if problem:
+            raise ValueError(f"{folder} is damaged: {problem}; use another checkpoint")
+        state = adapter_state(TrainingState(folder))
+        check_values(state, folder)
+        return state
     path = folder / WEIGHTS_NAME
     if not path.is_file() and (folder / "adapter_model.bin").is_file():
         raise FileNotFoundError(
