@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ldmole_ds.distributed.deepspeed_groups import TESTED_VERSION
+from ldmole_ds.distributed.deepspeed_private import TESTED_VERSION, private
 from ldmole_ds.distributed.zero import finish_prefetches
 
 _STAGE_12 = ("bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups", "real_dp_process_group")
@@ -173,9 +173,8 @@ class OptimizerShards:
 
 
 def _check_names(optimizer: Any, names: tuple[str, ...]) -> None:
-    missing = [name for name in names if not hasattr(optimizer, name)]
-    if missing:
-        raise RuntimeError(f"DeepSpeed's {type(optimizer).__name__} has no {', '.join(missing)}: {TESTED_VERSION}")
+    for name in names:
+        private(optimizer, name)
 
 
 def _flats_of_stage_12(optimizer: Any) -> Iterator[Flat]:
@@ -200,16 +199,17 @@ def _flats_of_stage_3(optimizer: Any) -> Iterator[Flat]:
     for i, (params, master) in enumerate(
         zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
     ):
-        if optimizer.fp16_partitioned_groups_flat[i] is None or master.numel() == 0 < sum(p.ds_numel for p in params):
+        sizes = [private(param, "ds_numel") for param in params]
+        if optimizer.fp16_partitioned_groups_flat[i] is None or master.numel() == 0 < sum(sizes):
             raise ValueError(
                 "checkpoints cannot hold an optimizer that is offloaded to NVMe: set offload_optimizer.device to cpu, "
                 "or --save_strategy no"
             )
         offset, runs = 0, []
-        for param in params:
-            numel = param.partition_numel()
-            start = numel * dist.get_rank(group=param.ds_process_group)
-            real = min(numel, param.ds_numel - start)
+        for param, size in zip(params, sizes, strict=True):
+            numel = private(param, "partition_numel")()
+            start = numel * dist.get_rank(group=private(param, "ds_process_group"))
+            real = min(numel, size - start)
             if real > 0:
                 runs.append(Run(param, start, offset, real))
             offset += numel
