@@ -40,6 +40,9 @@ class StepRows(Sampler[list[int]]):
         accumulation: Micro-steps of a full optimizer step.
         rank, world_size: This rank, of how many.
         drop_last: Leave out the last step of an epoch where it is smaller than due.
+
+    Attributes:
+        epoch: Whose steps come next. Accelerate tells ``sampler``.
     """
 
     def __init__(
@@ -81,12 +84,6 @@ class StepRows(Sampler[list[int]]):
         while step >= (steps := len(self.sizes(epoch))):
             epoch, step = epoch + 1, step - steps
         return epoch, step
-
-    def set_epoch(self, epoch: int) -> None:
-        """Accelerate and the Trainer call it before an epoch."""
-        self.epoch = epoch
-        if hasattr(self.sampler, "set_epoch"):
-            self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
         return self.accumulation * len(self.sizes(self.epoch))
@@ -211,7 +208,7 @@ class BatchWarmupLoop(Trainer):
 
     def _run_epoch(self, *, epoch, steps_in_epoch, num_update_steps_per_epoch, **kwargs):
         if self._step_rows is not None:
-            self._step_rows.set_epoch(epoch)
+            self._step_rows.epoch = epoch
             num_update_steps_per_epoch = len(self._step_rows.sizes(epoch))
             steps_in_epoch = num_update_steps_per_epoch * self.args.gradient_accumulation_steps
         return super()._run_epoch(
