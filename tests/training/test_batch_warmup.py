@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch.utils.data import RandomSampler, SequentialSampler
 
-from ldmole_ds.model.adapter_io import load_adapter
 from ldmole_ds.training.batch import BatchArguments, BatchSizeWarmup, batch_size_warmup
 from ldmole_ds.training.batch_warmup import StepRows
 from tests.distributed_utils import run_distributed
@@ -182,8 +179,6 @@ def test_a_resumed_run_sees_the_rows_that_are_left(tmp_path, checkpoint):
     whole = watched_trainer(2, 4, output_dir=str(tmp_path), **settings)
     whole.train()
     resumed = watched_trainer(2, 4, output_dir=str(tmp_path), **settings)
-    # One process without DeepSpeed: the Trainer looks for a whole model's weights.
-    resumed._load_from_checkpoint = lambda folder, *_: load_adapter(resumed.model, Path(folder))
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{checkpoint}"))
     assert resumed.seen == whole.seen[checkpoint:]
     assert logged(resumed) == logged(whole)
@@ -226,10 +221,14 @@ def test_two_ranks_train_as_one_process_and_resume(tmp_path):
     for trained, _ in results:
         for found in trained:
             assert_same(found, expected)
+    # One process goes on where two ranks were, in the midst of the warm-up.
     alone = watched_trainer(2, 4, max_steps=6)
-    alone.train()
-    for step, one_process in enumerate(alone.seen):
+    alone.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for step, one_process in enumerate(alone.seen, 2):
         assert sorted(one_process) == sorted(sum((runs[0][0][step] for _, runs in results), []))
+    assert [loss for _, loss, _ in logged(alone)[2:]] == pytest.approx(
+        [loss for _, loss, _ in results[0][1][0][1][2:]], rel=1e-5
+    )
     for _, ((seen, losses), (seen_after, losses_after)) in results:
         assert seen_after == seen[2:]
         assert losses_after == losses

@@ -11,7 +11,7 @@ from torch.utils.data import SequentialSampler
 
 from ldmole_ds.model import ldmole_param_groups
 from ldmole_ds.model.adapter_io import gather_adapter_state
-from tests.tiny import ragged_batch, tiny_model
+from tests.tiny import ragged_batch, tiny_config, tiny_model
 
 ROWS, STEPS, RATE, SMOOTHING = 24, 3, 1e-3, 0.1
 TOLERANCE = 1e-5
@@ -69,8 +69,11 @@ def make_trainer(
     ds_config: dict | None = None,
     ep_size: int = 1,
     eval_dataset=None,
+    *,
     batch_size_warmup=None,
     expert_dispatch: str = "tokens",
+    in_order: bool = True,
+    lora_dropout: float = 0.0,
     **changes,
 ):
     """A trainer of eight rows per optimizer step over all ranks; import it where accelerate's state is ready."""
@@ -100,9 +103,10 @@ def make_trainer(
     }
     if ds_config is not None:
         values |= {"deepspeed": ds_config, "accelerator_config": {"use_configured_state": True}}
-    model = tiny_model(ep_size=ep_size, expert_dispatch=expert_dispatch)
+    model = tiny_model(tiny_config(lora_dropout=lora_dropout), ep_size=ep_size, expert_dispatch=expert_dispatch)
     arguments = LDMoLETrainingArguments(**{**values, **changes})
-    return InOrder(
+    trainer = InOrder if in_order else LDMoLETrainer
+    return trainer(
         model,
         arguments,
         train_dataset=rows(),
