@@ -73,8 +73,14 @@ RUNS = {
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": WARMUP_STEPS,
     },
-    "16, weights": {"global_batch_size": 16, "per_device_train_batch_size": 8, "expert_dispatch": "weights"},
     "1024, weights": {"global_batch_size": 1024, "per_device_train_batch_size": 16, "expert_dispatch": "weights"},
+    # Stopped early: only to see what it sends.
+    "16, weights": {
+        "global_batch_size": 16,
+        "per_device_train_batch_size": 8,
+        "expert_dispatch": "weights",
+        "max_steps": 8,
+    },
 }
 
 
@@ -124,7 +130,7 @@ def measured_accuracy(folder: Path, adapter: Path | None, num_rows: int) -> floa
 
 
 def facts(folder: Path, num_rows: int) -> dict:
-    """What a run was and moved."""
+    """What a run was and moved, in so many rows."""
     report = json.loads((folder / "report.json").read_text())
     settings = json.loads((folder / "run_settings.json").read_text())
     training, ranks = settings["training"], report["ranks"]
@@ -135,6 +141,7 @@ def facts(folder: Path, num_rows: int) -> dict:
         "batch_size_warmup": [settings["batch"][f"batch_size_warmup_{key}"] for key in ("start", "steps")],
         "expert_dispatch": settings["layout"]["expert_dispatch"],
         "steps": report["steps"],
+        "rows": num_rows,
         "learning_rate": training["learning_rate"],
         "tokens_per_second": report["tokens_per_second"],
         "seconds": report["seconds"],
@@ -162,7 +169,7 @@ def table(results: dict[str, dict]) -> str:
                 r["expert_dispatch"],
                 f"{r['steps']}",
                 f"{r['learning_rate']:.3g}",
-                f"{r['accuracy_before']:.3f} -> {r['accuracy_after']:.3f}",
+                f"{r['accuracy_before']:.3f} -> {r['accuracy_after']:.3f}" if "accuracy_after" in r else "(stopped)",
                 f"{r['tokens_per_second']:.0f}",
                 f"{r['seconds']:.0f}",
                 f"{r['bytes_sent_per_row'] / 1e6:.2f}",
@@ -212,13 +219,12 @@ def main() -> None:
         run = folder / f"{name.replace(', ', '-')}_{arguments.rows}"
         if arguments.only in (None, name):
             train(name, run, rows)
-            measured_accuracy(run, run, arguments.eval_rows)
         if (run / "report.json").is_file():
-            results[name] = facts(run, arguments.rows)
-            results[name]["accuracy_after"] = measured_accuracy(run, run, arguments.eval_rows)
-    before = measured_accuracy(folder / "before", None, arguments.eval_rows)
-    for result in results.values():
-        result["accuracy_before"] = before
+            stopped = RUNS[name].get("max_steps")
+            results[name] = facts(run, stopped * RUNS[name]["global_batch_size"] if stopped else arguments.rows)
+            if not stopped:
+                results[name]["accuracy_before"] = measured_accuracy(folder / "before", None, arguments.eval_rows)
+                results[name]["accuracy_after"] = measured_accuracy(run, run, arguments.eval_rows)
     if results:
         text = page(results, arguments)
         (folder / "large_batch.md").write_text(text, encoding="utf-8")
