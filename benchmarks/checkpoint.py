@@ -41,8 +41,9 @@ def measure(rank: int, world_size: int, folder: str, stage: int, ep_size: int, r
     import torch.distributed as dist
 
     from ldmole_ds import LDMoLEConfig, get_ldmole_model, ldmole_param_groups
-    from ldmole_ds.model.base_model import demo_model_file, load_base_model
+    from ldmole_ds.model.base_model import load_base_model
     from ldmole_ds.model.training_state import load_checkpoint, save_checkpoint, save_state
+    from ldmole_ds.tasks import demo_model_file
 
     path = demo_model_file()
     model = get_ldmole_model(load_base_model(str(path), dtype="float32"), LDMoLEConfig(lora_dropout=0.0), 0, ep_size)
