@@ -69,6 +69,26 @@ def find_checkpoint(run: Path, value: str | bool | None, rank: int = 0) -> Path 
     raise CheckpointError(f"{run} holds no whole checkpoint to resume from: start anew, or name one")
 
 
+def fit_scheduler(state: dict[str, Any], num_groups: int) -> dict[str, Any]:
+    """A scheduler's state for another number of parameter groups: partitioned experts have groups of their own.
+
+    Raises:
+        ValueError: The groups' learning rates differ, so that it is unknown which one belongs to which.
+    """
+    rates = state.get("base_lrs", state.get("_last_lr", []))
+    if len(rates) == num_groups:
+        return state
+    if len(set(rates)) > 1:
+        raise ValueError(
+            f"{len(rates)} parameter groups with different learning rates cannot become {num_groups}: resume with the "
+            "ep_size of the checkpoint"
+        )
+    return {
+        name: (value[:1] * num_groups if isinstance(value, list) and len(value) == len(rates) else value)
+        for name, value in state.items()
+    }
+
+
 class CheckpointableCallback(TrainerCallback):
     """Asks after the first step, when the optimizer's state exists, whether it can be saved: not hours later."""
 
@@ -165,7 +185,8 @@ class CheckpointMixin:
         layout = load_state(*self.model_and_optimizer(), folder, self.deepspeed)
         if self._scheduler_is_ours:
             with raise_together(lambda reason: CheckpointError(f"{folder / SCHEDULER_NAME}: {reason}")):
-                self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+                state = torch.load(folder / SCHEDULER_NAME, weights_only=True)
+                self.lr_scheduler.load_state_dict(fit_scheduler(state, len(self.lr_scheduler.optimizer.param_groups)))
         self._load_scaler(str(folder))
         if layout["world_size"] != self.args.world_size and self.args.should_save:
             logger.warning(

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import get_scheduler
 
 from ldmole_ds.model.adapter_io import gather_adapter_state
+from ldmole_ds.training.checkpointing import fit_scheduler
 from tests.distributed_utils import run_distributed
 from tests.training.trainer_runs import make_trainer, rows
 
@@ -148,3 +150,23 @@ def test_the_best_model_is_loaded_under_zero(tmp_path):
     for results in run_distributed(best_on_ranks, 2, str(tmp_path), deepspeed=True, timeout_s=300):
         for result in results:
             assert_best(*result)
+
+
+@pytest.mark.parametrize(("saved", "groups"), [(4, 2), (2, 4), (2, 2)])
+def test_a_scheduler_goes_on_with_another_number_of_parameter_groups(saved, groups):
+    def scheduler(num_groups, rates=(1e-3,)):
+        params = [{"params": [torch.zeros(1)], "lr": rates[i % len(rates)]} for i in range(num_groups)]
+        return get_scheduler("linear", torch.optim.AdamW(params), num_warmup_steps=2, num_training_steps=10)
+
+    first, second = scheduler(saved), scheduler(groups)
+    for _ in range(3):
+        first.optimizer.step()
+        first.step()
+    second.load_state_dict(fit_scheduler(first.state_dict(), groups))
+    for going_on in (first, second):
+        going_on.optimizer.step()
+        going_on.step()
+    assert second.get_last_lr() == first.get_last_lr()[:1] * groups
+    if saved != groups:
+        with pytest.raises(ValueError, match=f"cannot become {groups}: resume with the ep_size"):
+            fit_scheduler(scheduler(saved, rates=(1e-3, 1e-4)).state_dict(), groups)
