@@ -23,7 +23,7 @@ from ldmole_ds.tasks.scoring import score_candidates
 from ldmole_ds.training.checkpointing import adapt_engine
 from ldmole_ds.training.checks import check_trainable
 
-_CHOICE_FIELDS = ("candidate_ids", "gold", "prompt_length")
+_CHOICE_FIELDS = ("candidate_ids", "candidate_lengths", "gold", "prompt_length")
 
 
 class LDMoLETrainer(Trainer):
