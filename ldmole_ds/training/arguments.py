@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ldmole_ds.config import EXPERT_DISPATCH, PRESETS, QUANTIZATIONS, LDMoLEConfig
 from ldmole_ds.layers.routers import ROUTERS
+from ldmole_ds.tasks import SCORINGS, TASKS, DataError, tasks_of
 from ldmole_ds.training.batch import BatchArguments
 from ldmole_ds.training.runtime import UserError
 from ldmole_ds.training.settings_file import as_argv, read_settings_file
@@ -76,9 +77,31 @@ class DataArguments:
     )
     validation_file: str | None = _field(None, "Held-out file in the same schema.")
     dataset_name: str | None = _field(None, "Hub dataset in one of these schemas, instead of files.")
+    task: str | None = _field(
+        None,
+        f"Benchmarks instead of files, one or several with commas: {', '.join(TASKS)} (docs/tasks.md). Multiple choice "
+        "sets --label_smoothing_factor to 0.1.",
+    )
+    data_dir: str | None = _field(
+        None, "Folder with TASK/SPLIT.jsonl in the schemas of the hub datasets; default: the hub."
+    )
+    mixture: str = _field(
+        "size",
+        "How several tasks share an epoch: size (every row once), equal (the same number of rows of each, small tasks "
+        "repeated) or weights such as 1:2:1.",
+    )
+    scoring: str | None = _field(
+        None,
+        "letters: options are lettered in the prompt, the letter is the answer. cloze: the option's text is, its "
+        "log-probability divided by its characters. Default: letters; clinc_domains: cloze.",
+        choices=SCORINGS,
+    )
     dataset_config_name: str | None = _field(None, "Configuration of the hub dataset.")
-    train_split: str = _field("train", "Split of the hub dataset to train on.")
-    validation_split: str = _field("validation", "Split of the hub dataset to evaluate on, if it has one.")
+    train_split: str = _field("train", "Split of the hub dataset or task to train on.")
+    validation_split: str | None = _field(
+        None,
+        "Split to evaluate on; default: validation of a hub dataset if it has one, the reported split of a task.",
+    )
     text_column: str | None = _field(None, "Column with the text (default: text).")
     label_column: str | None = _field(None, "Column with the label (default: label).")
     label_words: str | None = _field(None, "JSON file {label: word to answer with}; default: the label itself.")
@@ -210,11 +233,12 @@ def parse_flags(argv: list[str], demo_defaults: dict | None = None) -> Namespace
         path = Path(argv[0])
         argv = [*as_argv(read_settings_file(path), known, path), *argv[1:]]
     given = {a[2:].split("=")[0] for a in argv if a.startswith("--")}
-    embedded = not given & {"train_file", "dataset_name", "validation_file"}
+    embedded = not given & {"train_file", "dataset_name", "validation_file", "task"}
     # --help shows the defaults that hold for one's own data.
     if embedded and demo_defaults and not {"-h", "--help", "--help_all"} & set(argv):
         parser.set_defaults(**demo_defaults)
-    parser.set_defaults(**_preset(parser.parse_known_args(argv)[0].preset))
+    first = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**_preset(first.preset), **_of_tasks(first.task))
     flags, rest = parser.parse_known_args(argv)
     if rest:
         raise UserError(f"unknown argument {' '.join(rest)}: see --help, or --help_all for Hugging Face's flags")
@@ -225,6 +249,14 @@ def _preset(name: str | None) -> dict:
     if name is not None and name not in PRESETS:
         raise UserError(f"--preset {name} is not known: use one of {', '.join(PRESETS)}")
     return PRESETS[name] if name else {}
+
+
+def _of_tasks(names: str | None) -> dict:
+    """Defaults that the tasks bring: the strongest label smoothing of any of them."""
+    try:
+        return {"label_smoothing_factor": max(task.label_smoothing for task in tasks_of(names))} if names else {}
+    except DataError as error:
+        raise UserError(str(error)) from error
 
 
 def adapter_config(flags: Namespace) -> LDMoLEConfig:
