@@ -7,9 +7,8 @@ Hugging Face's own `TrainingArguments`.
 from __future__ import annotations
 
 import dataclasses
-import sys
 import typing
-from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, Namespace
+from argparse import SUPPRESS, Namespace
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from ldmole_ds.config import EXPERT_DISPATCH, PRESETS, QUANTIZATIONS, LDMoLEConf
 from ldmole_ds.layers.routers import ROUTERS
 from ldmole_ds.tasks import SCORINGS, TASKS, DataError, tasks_of
 from ldmole_ds.training.batch import BatchArguments
+from ldmole_ds.training.flags import Formatter, raise_user_error
+from ldmole_ds.training.flags import field_with_help as _field
 from ldmole_ds.training.runtime import UserError
 from ldmole_ds.training.settings_file import as_argv, read_settings_file
 
@@ -32,10 +33,6 @@ _COMMON_TRAINING_FLAGS = {
     "resume_from_checkpoint", "report_to", "seed", "data_seed", "deepspeed", "ddp_timeout", "disable_tqdm",
     "push_to_hub",
 }  # fmt: skip
-
-
-def _field(default, text, **kwargs):
-    return field(default=default, metadata={"help": text, **kwargs})
 
 
 @dataclass
@@ -166,26 +163,6 @@ class LDMoLETrainingArguments(TrainingArguments):
     )
 
 
-class _Formatter(ArgumentDefaultsHelpFormatter):
-    """One line per flag: no spelling with hyphens beside the one with underscores, no "(default: None)"."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=38, width=120)
-
-    def _format_action_invocation(self, action: Action) -> str:
-        if not action.option_strings or action.nargs == 0:
-            return ", ".join(action.option_strings[:2] if action.dest == "help" else action.option_strings[:1])
-        values = "{" + ",".join(map(str, action.choices)) + "}" if action.choices and len(action.choices) < 6 else ""
-        kind = getattr(action.type, "__name__", "text")
-        value = values or {"str": "TEXT", "int": "N", "float": "X", "string_to_bool": "BOOL"}.get(kind, "VALUE")
-        return f"{action.option_strings[0]} {value}{' ...' if action.nargs == '+' else ''}"
-
-    def _get_help_string(self, action: Action) -> str:
-        if action.default is None or action.nargs == 0:
-            return action.help or ""
-        return super()._get_help_string(action) or ""
-
-
 USAGE = """%(prog)s [run.yaml] [--flag value ...]
 
   deepspeed --num_gpus 2 launch/train.py --deepspeed ds_configs/zero2.json
@@ -202,7 +179,7 @@ def build_parser(*, all_flags: bool = False) -> HfArgumentParser:
         (ModelArguments, DataArguments, AdapterArguments, LayoutArguments, BatchArguments, LDMoLETrainingArguments),
         prog="launch/train.py",
         usage=USAGE,
-        formatter_class=_Formatter,
+        formatter_class=Formatter,
         description="Fine-tune a language model with LD-MoLE: LoRA experts over ranks, chosen per token.",
         allow_abbrev=False,
     )
@@ -226,7 +203,7 @@ def parse_flags(argv: list[str], demo_defaults: dict | None = None) -> Namespace
         UserError: An unknown flag or setting, or a value of the wrong type.
     """
     parser = build_parser(all_flags="--help_all" in argv)
-    parser.error = _raise_user_error
+    parser.error = raise_user_error
     known = {action.dest for action in parser._actions}
     argv = [a for a in argv if not a.startswith("--local_rank")]
     if argv and not argv[0].startswith("-"):
@@ -274,7 +251,3 @@ def build(flags: Namespace, group: type, **overrides: object):
     """One group's dataclass from parsed flags."""
     names = {f.name for f in dataclasses.fields(group) if f.init}
     return group(**{**{k: v for k, v in vars(flags).items() if k in names}, **overrides})
-
-
-def _raise_user_error(message: str) -> None:
-    raise UserError(f"{message}; see {Path(sys.argv[0]).name} --help")

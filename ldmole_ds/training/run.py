@@ -86,6 +86,8 @@ def choice_metrics(validation: ChoiceDataset | None) -> Callable[[EvalPrediction
     """What the Trainer calls after each evaluation: `task_metrics` of the held-out rows, whose order it keeps."""
 
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        if prediction.label_ids.tolist() != [question.gold for question in validation.questions]:
+            raise ValueError("the answers are not those of the held-out rows in their order")
         tasks = [question.task for question in validation.questions]
         return task_metrics(tasks, np.argmax(prediction.predictions, axis=-1), prediction.label_ids)
 

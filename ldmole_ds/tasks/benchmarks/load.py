@@ -24,7 +24,7 @@ def load_task(
     Args:
         task: The task.
         split: train, validation or test.
-        data_dir: Folder with ``<task>/<split>.jsonl``; None: the hub, or the embedded rows.
+        data_dir: Folder with ``<task>/<split>.jsonl``; None: the hub. A task of embedded rows need not be there.
         scoring: One of `SCORINGS`; None takes the task's own.
         limit: Only the first rows.
 
@@ -54,7 +54,7 @@ def load_hub_rows(name: str, config: str | None, split: str) -> Any:
 
 
 def _rows(task: Task, split: str, data_dir: Path | None) -> list[Row]:
-    if data_dir is not None:
+    if data_dir is not None and (task.hub or (data_dir / task.name).is_dir()):
         return _local_rows(data_dir / task.name, split)
     if task.hub is None:
         files = demo_files()
