@@ -30,7 +30,7 @@ class LDMoLELM(HFLM):
         adapter: Folder of an adapter; None: the bare base model.
         pretrained: Base model; None: the adapter's, or the embedded one.
         revision, trust_remote_code, dtype: Of the base model.
-        device: cuda, cpu, ...; None: cuda where there is one.
+        device: cuda, cpu, ...; cpu where there is no CUDA, since the harness says cuda unless it is told otherwise.
         **kwargs: Of the harness's ``HFLM``: batch_size, max_length, add_bos_token, ...
 
     Raises:
@@ -45,12 +45,13 @@ class LDMoLELM(HFLM):
         revision: str | None = None,
         trust_remote_code: bool = False,
         dtype: str = "auto",
-        device: str | None = None,
+        device: str = "cuda",
         **kwargs: Any,
     ) -> None:
         source = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype}
         model, tokenizer = load_adapted(adapter, pretrained, **source)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            device = "cpu"
         super().__init__(pretrained=model.to(device), tokenizer=tokenizer, backend="causal", **kwargs)
 
 

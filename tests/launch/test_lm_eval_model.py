@@ -79,9 +79,13 @@ def test_the_harness_scores_an_adapter_as_we_do(adapter, tiny_model_folder, tmp_
     assert accuracy == pytest.approx(sum(right) / len(right))
 
 
-def test_the_harness_knows_it_by_name():
+def test_the_harness_makes_it_by_name_from_its_command_line(adapter):
     from lm_eval.api.registry import get_model
 
     from ldmole_ds.tasks.lm_eval_model import LDMoLELM
 
-    assert get_model("ldmole") is LDMoLELM
+    # What `--model_args adapter=...` becomes; the command line adds its own device.
+    given = {"batch_size": 1, "max_batch_size": None, "device": "cuda"}
+    model = get_model("ldmole").create_from_arg_obj({"adapter": str(adapter)}, given)
+    assert isinstance(model, LDMoLELM)
+    assert model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
