@@ -128,6 +128,13 @@ class LayoutArguments:
         0, "Dispatch at most so many tokens of a rank at once, which bounds memory under any skew. 0: all at once."
     )
     overwrite_output_dir: bool = _field(False, "Write into an output folder that already holds a run.")
+    resume: str = _field(
+        "never",
+        "auto: go on from the newest whole checkpoint in --output_dir (also on other ranks, --ep_size or ZeRO stage), "
+        "or start if there is none: one command for a job that the cluster stops and submits again. "
+        "--resume_from_checkpoint names one.",
+        choices=("never", "auto"),
+    )
 
 
 def _adapter_arguments() -> type:

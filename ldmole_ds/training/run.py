@@ -15,6 +15,7 @@ import numpy as np
 from transformers import EvalPrediction
 from transformers.utils import logging as hf_logging
 
+from ldmole_ds.checkpoint import CheckpointError
 from ldmole_ds.model import LDMoLEModel
 from ldmole_ds.tasks import TASKS, ChoiceDataset
 from ldmole_ds.tasks.metrics import task_metrics
@@ -24,6 +25,7 @@ from ldmole_ds.training.arguments import LDMoLETrainingArguments, adapter_config
 from ldmole_ds.training.callbacks import GroupTimeoutCallback
 from ldmole_ds.training.data import ChoiceData
 from ldmole_ds.training.ds_config import check_ds_config, check_precision, read_ds_config
+from ldmole_ds.training.preemption import EXIT_PREEMPTED
 from ldmole_ds.training.run_record import SETTINGS_NAME, check_output_folder, run_settings, write_json
 from ldmole_ds.training.runtime import UserError, agreed, is_main_process
 from ldmole_ds.training.setup import build_model, build_settings, load_base, load_data
@@ -47,7 +49,7 @@ def train(flags: Namespace) -> None:
     folder = Path(training.output_dir)
     with agreed("output folder"):
         if is_main_process():
-            resume = bool(training.resume_from_checkpoint)
+            resume = bool(training.resume_from_checkpoint) or layout.resume == "auto"
             check_output_folder(folder, overwrite=layout.overwrite_output_dir, resume=resume)
     tokenizer, data = load_data(settings)
     with agreed("model"):
@@ -67,8 +69,11 @@ def train(flags: Namespace) -> None:
         print(startup_table(model, data, training), flush=True)
         if data.label_words:
             write_json(folder / "label_words.json", data.label_words)
-    finish(trainer, model, data, folder)
+    resume = "auto" if layout.resume == "auto" else _resume(training.resume_from_checkpoint)
+    finish(trainer, model, data, folder, resume)
     runtime.stop()
+    if trainer.preemption.stopped_by:
+        runtime.leave(EXIT_PREEMPTED)
 
 
 def quiet_libraries() -> None:
@@ -133,10 +138,25 @@ def startup_table(model: LDMoLEModel, data: ChoiceData, training: LDMoLETraining
     )
 
 
-def finish(trainer: LDMoLETrainer, model: LDMoLEModel, data: ChoiceData, folder: Path) -> None:
-    """Train, evaluate, save, report."""
+def finish(
+    trainer: LDMoLETrainer, model: LDMoLEModel, data: ChoiceData, folder: Path, resume: str | bool | None
+) -> None:
+    """Train, evaluate, save, report; or train until a signal says stop."""
     begin = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=_resume(trainer.args.resume_from_checkpoint))
+    try:
+        result = trainer.train(resume_from_checkpoint=resume)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    if trainer.preemption.stopped_by:
+        if is_main_process():
+            step, signal = trainer.state.global_step, trainer.preemption.stopped_by
+            place = folder / f"checkpoint-{step}"
+            print(
+                f"stopped by {signal} after step {step}, saved in {place}; the same command with --resume auto goes on "
+                f"(exit code {EXIT_PREEMPTED})",
+                flush=True,
+            )
+        return
     seconds = result.metrics.get("train_runtime", time.perf_counter() - begin)
     metrics = dict(result.metrics)
     evaluation: dict[str, float] = {}

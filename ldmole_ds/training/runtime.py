@@ -158,16 +158,17 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     except UserError as error:
         if is_main_process():
             print(f"error: {error}", file=sys.stderr, flush=True)
-        _leave(2)
+        leave(2)
     except (FloatingPointError, PeerError) as error:
         print(f"error on rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
-        _leave(1)
+        leave(1)
     except Exception:
         traceback.print_exc()
-        _leave(1)
+        leave(1)
 
 
-def _leave(code: int) -> None:
+def leave(code: int) -> None:
+    """End the process at once with this exit code."""
     if os.environ.get("LDMOLE_DEBUG"):
         traceback.print_exc()
     sys.stdout.flush()

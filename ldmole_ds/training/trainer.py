@@ -20,18 +20,20 @@ from ldmole_ds.distributed import deepspeed_groups
 from ldmole_ds.model import LDMoLEModel
 from ldmole_ds.model.adapter_io import write_atomically
 from ldmole_ds.tasks.scoring import score_candidates
-from ldmole_ds.training.checkpointing import adapt_engine
+from ldmole_ds.training.checkpointing import CheckpointableCallback, CheckpointMixin
 from ldmole_ds.training.checks import check_trainable
+from ldmole_ds.training.preemption import PreemptionCallback
 
 _CHOICE_FIELDS = ("candidate_ids", "candidate_lengths", "gold", "prompt_length")
 
 
-class LDMoLETrainer(Trainer):
+class LDMoLETrainer(CheckpointMixin, Trainer):
     """Trains an `LDMoLEModel`; everything else is the Trainer's.
 
     What differs: the optimizer's groups tell DeepSpeed which parameters are experts; the loss holds the auxiliary
-    losses, normalised over the whole optimizer step; logs hold the routing; saving writes the whole adapter. Batches
-    with ``candidate_ids`` and ``gold`` (multiple choice) are evaluated by the candidates' log-probabilities.
+    losses, normalised over the whole optimizer step; logs hold the routing; saving writes the whole adapter, and
+    checkpoints resume in any layout; SIGTERM and SIGUSR1 stop it with a checkpoint. Batches with ``candidate_ids`` and
+    ``gold`` (multiple choice) are evaluated by the candidates' log-probabilities.
 
     Another trainer whose loss is the model's own gets all of it by inheriting from both, this one first:
     ``class LDMoLESFTTrainer(LDMoLETrainer, SFTTrainer)``, see ``examples/trl_sft.py``.
@@ -41,8 +43,10 @@ class LDMoLETrainer(Trainer):
     """
 
     def __init__(self, model: LDMoLEModel, *args: Any, single_token_choices: bool = False, **kwargs: Any) -> None:
-        self._engine = None
         super().__init__(model, *args, **kwargs)
+        self.preemption = PreemptionCallback()
+        self.add_callback(self.preemption)
+        self.add_callback(CheckpointableCallback(self))
         self.single_token_choices = single_token_choices
         # The Trainer looks at our class, which names no labels, and takes every forward with **kwargs for one that
         # hands num_items_in_batch to its loss. Losses other than the causal one are means over their micro-batch.
@@ -66,17 +70,6 @@ class LDMoLETrainer(Trainer):
         """ZeRO stage of the DeepSpeed config, None without DeepSpeed."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         return plugin.zero_stage if self.is_deepspeed_enabled and plugin is not None else None
-
-    @property
-    def deepspeed(self) -> Any:
-        """The DeepSpeed engine, once training has started."""
-        return self._engine
-
-    @deepspeed.setter
-    def deepspeed(self, engine: Any) -> None:
-        self._engine = engine
-        if engine is not None:
-            adapt_engine(engine)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with experts in groups of their own where DeepSpeed wants them so."""

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import SequentialSampler
 
 from ldmole_ds.model.adapter_io import gather_adapter_state
-from tests.tiny import ragged_batch, tiny_model
+from tests.tiny import ragged_batch, tiny_config, tiny_model
 
 ROWS, STEPS, RATE, SMOOTHING = 24, 3, 1e-3, 0.1
 
@@ -26,7 +26,15 @@ def collate(items: list[dict]) -> dict:
 
 
 def make_trainer(
-    micro: int, accumulation: int, ds_config: dict | None = None, ep_size: int = 1, eval_dataset=None, **changes
+    micro: int,
+    accumulation: int,
+    ds_config: dict | None = None,
+    ep_size: int = 1,
+    eval_dataset=None,
+    *,
+    in_order: bool = True,
+    lora_dropout: float = 0.0,
+    **changes,
 ):
     """A trainer of eight rows per optimizer step over all ranks; import it where accelerate's state is ready."""
     from ldmole_ds.training.arguments import LDMoLETrainingArguments
@@ -55,9 +63,10 @@ def make_trainer(
     }
     if ds_config is not None:
         values |= {"deepspeed": ds_config, "accelerator_config": {"use_configured_state": True}}
-    model = tiny_model(ep_size=ep_size)
+    model = tiny_model(tiny_config(lora_dropout=lora_dropout), ep_size=ep_size)
     arguments = LDMoLETrainingArguments(**{**values, **changes})
-    return InOrder(model, arguments, train_dataset=rows(), eval_dataset=eval_dataset, data_collator=collate)
+    trainer = InOrder if in_order else LDMoLETrainer
+    return trainer(model, arguments, train_dataset=rows(), eval_dataset=eval_dataset, data_collator=collate)
 
 
 def train(trainer) -> dict:
