@@ -22,8 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ldmole_ds.checkpoint import TrainingState, has_training_state, problem_of
 from ldmole_ds.config import CONFIG_NAME, WEIGHTS_NAME
+from ldmole_ds.distributed import ExpertParallel
 from ldmole_ds.distributed.zero import finish_prefetches, full_shape, gathered
+from ldmole_ds.model.adapter_checks import check_values
+from ldmole_ds.model.canonical import L1_EXPONENT, adapter_state
 from ldmole_ds.model.quantized import num_weights
 
 if TYPE_CHECKING:
@@ -82,7 +86,7 @@ def gather_adapter_state(model: LDMoLEModel, *, keep: bool = True) -> dict[str, 
         with gathered([param]):
             put(name, param)
     if model.adaptive_l1 is not None:
-        put("adaptive_l1.exponent", model.adaptive_l1.exponent)
+        put(L1_EXPONENT, model.adaptive_l1.exponent)
     return state
 
 
@@ -103,7 +107,12 @@ def save_adapter(model: LDMoLEModel, folder: Path) -> None:
             write_atomically(folder / CONFIG_NAME, lambda path: path.write_text(config, encoding="utf-8"))
         except (OSError, SafetensorError) as caught:  # a full disk is the latter
             error = f"the adapter could not be saved in {folder}: {caught}"
-    if model.topology.world_size > 1:
+    raise_on_all_ranks(model.topology, error)
+
+
+def raise_on_all_ranks(topology: ExpertParallel, error: str | None) -> None:
+    """Raise rank 0's ``error``, if it has one, as an `OSError` on every rank. Collective."""
+    if topology.world_size > 1:
         box = [error]
         dist.broadcast_object_list(box, src=0)
         error = box[0]
@@ -136,14 +145,32 @@ def read_state(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-@torch.no_grad()
-def load_adapter(model: LDMoLEModel, folder: Path) -> None:
-    """Load a folder written by `save_adapter` into a model of any layout; each rank takes its own experts.
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """The adapter of an adapter's or a checkpoint's folder, on the CPU. Safetensors only: no pickle is ever opened.
+
+    A checkpoint gives its float32 weights, after its files are compared with their manifest.
 
     Raises:
-        ValueError: tensors are missing, unknown or of another shape.
+        FileNotFoundError: The folder holds no adapter weights.
+        ValueError: A file is damaged, or a tensor is empty, not floating point, or not finite.
+        CheckpointError: The checkpoint contradicts itself.
     """
-    load_state(model, read_state(folder / WEIGHTS_NAME), source=str(folder / WEIGHTS_NAME))
+    if has_training_state(folder):
+        problem = problem_of(folder)
+        if problem:
+            raise ValueError(f"{folder} is damaged: {problem}; use another checkpoint")
+        state = adapter_state(TrainingState(folder))
+        check_values(state, folder)
+        return state
+    path = folder / WEIGHTS_NAME
+    if not path.is_file() and (folder / "adapter_model.bin").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds adapter_model.bin, which is a pickle and is never read, but no {WEIGHTS_NAME}: save the "
+            "adapter again with save_pretrained, or have someone who trusts the file convert it"
+        )
+    state = read_state(path)
+    check_values(state, path)
+    return state
 
 
 def expected_shapes(model: LDMoLEModel) -> dict[str, tuple[int, ...]]:
@@ -160,7 +187,7 @@ def expected_shapes(model: LDMoLEModel) -> dict[str, tuple[int, ...]]:
         shapes.update({f"lambda_mlp.{key}.{name}": tuple(full_shape(p)) for name, p in mlp.named_parameters()})
     shapes.update({name: tuple(full_shape(p)) for name, p in _saved_modules(model).items()})
     if model.adaptive_l1 is not None:
-        shapes["adaptive_l1.exponent"] = ()
+        shapes[L1_EXPONENT] = ()
     return shapes
 
 
@@ -179,7 +206,11 @@ def _check_state(model: LDMoLEModel, state: dict[str, Tensor], source: str) -> N
 
 @torch.no_grad()
 def load_state(model: LDMoLEModel, state: dict[str, Tensor], source: str) -> None:
-    """Load a canonical state; see `load_adapter`."""
+    """Load a canonical state into a model of any layout; each rank takes its own experts. Collective under ZeRO-3.
+
+    Raises:
+        ValueError: Tensors are missing, unknown or of another shape; the model is as it was.
+    """
     _check_state(model, state, source)
     finish_prefetches(model)
     for group in model.input_groups:
@@ -199,7 +230,7 @@ def load_state(model: LDMoLEModel, state: dict[str, Tensor], source: str) -> Non
         with gathered([param], modifier_rank=0):
             param.data.copy_(state[name])
     if model.adaptive_l1 is not None:
-        model.adaptive_l1.exponent.copy_(state["adaptive_l1.exponent"])
+        model.adaptive_l1.exponent.copy_(state[L1_EXPONENT])
 
 
 def count_parameters(model: LDMoLEModel) -> dict[str, int]:

