@@ -41,7 +41,10 @@ class EvaluateArguments:
 
     _argument_group_name: typing.ClassVar[str] = "evaluation"
 
-    adapter: str | None = field_with_help(None, "Folder of an adapter. Default: the bare base model.")
+    adapter: str | None = field_with_help(
+        None, "Folder of a run, a checkpoint or an adapter, or a hub id. Default: the bare base model."
+    )
+    adapter_revision: str | None = field_with_help(None, "Branch, tag or commit of an adapter on the hub.")
     task: str | None = field_with_help(
         None,
         f"Tasks with commas between them: {', '.join(TASKS)}; or all. Default: those that the adapter was trained on.",
@@ -139,8 +142,10 @@ def world_size() -> int:
 
 def with_training_defaults(asked: EvaluateArguments) -> EvaluateArguments:
     """What was not asked for, as the adapter's own run had it."""
-    record = Path(asked.adapter) / SETTINGS_NAME if asked.adapter else None
-    if record is None or not record.is_file():
+    # A checkpoint's record is that of its run, one folder up.
+    folders = [Path(asked.adapter), Path(asked.adapter).parent] if asked.adapter else []
+    record = next((file for folder in folders if (file := folder / SETTINGS_NAME).is_file()), None)
+    if record is None:
         return asked
     data = json.loads(record.read_text(encoding="utf-8")).get("data", {})
     known = {name: data.get(name) for name in ("task", "data_dir", "scoring", "max_length")}
@@ -157,6 +162,7 @@ def load_model(asked: EvaluateArguments, model: ModelArguments) -> tuple[Any, An
         return load_adapted(
             asked.adapter,
             model.model_name_or_path,
+            adapter_revision=asked.adapter_revision,
             revision=None if model.revision == "main" else model.revision,
             token=model.token,
             trust_remote_code=model.trust_remote_code,
