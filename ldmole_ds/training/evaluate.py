@@ -7,7 +7,7 @@ import os
 import time
 import typing
 from argparse import Namespace
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,17 @@ class EvaluateArguments:
     ddp_timeout: int = field_with_help(1800, "Seconds until a collective of ranks gives up.")
 
 
+def _base_model_arguments() -> type:
+    """`ModelArguments` without the adapter to train on from."""
+    hints = typing.get_type_hints(ModelArguments)
+    names = [f for f in fields(ModelArguments) if not f.name.startswith("adapter_")]
+    own = [(f.name, hints[f.name], field_with_help(f.default, **f.metadata)) for f in names]
+    return make_dataclass("BaseModelArguments", own, namespace={"_argument_group_name": "base model"})
+
+
+BaseModelArguments = _base_model_arguments()
+
+
 def parse_evaluate_flags(argv: list[str]) -> Namespace:
     """Parse flags; touches no accelerator.
 
@@ -78,7 +89,7 @@ def parse_evaluate_flags(argv: list[str]) -> Namespace:
         UserError: An unknown flag, or a value of the wrong type or out of range.
     """
     parser = HfArgumentParser(
-        (EvaluateArguments, ModelArguments),
+        (EvaluateArguments, BaseModelArguments),
         prog="launch/evaluate.py",
         usage=USAGE,
         formatter_class=Formatter,
@@ -98,7 +109,7 @@ def evaluate(flags: Namespace) -> list[TaskResult]:
     """Run it. Collective: every rank calls it with the same flags."""
     device = runtime.start(use_deepspeed=False, timeout_s=flags.ddp_timeout)
     quiet_libraries()
-    asked, model_flags = build(flags, EvaluateArguments), build(flags, ModelArguments)
+    asked, model_flags = build(flags, EvaluateArguments), build(flags, BaseModelArguments)
     with agreed("tasks"):
         asked = with_training_defaults(asked)
         if not asked.task:
@@ -152,7 +163,7 @@ def with_training_defaults(asked: EvaluateArguments) -> EvaluateArguments:
     return EvaluateArguments(**{**asdict(asked), **{k: v for k, v in known.items() if getattr(asked, k) is None}})
 
 
-def load_model(asked: EvaluateArguments, model: ModelArguments) -> tuple[Any, Any]:
+def load_model(asked: EvaluateArguments, model: Any) -> tuple[Any, Any]:
     """Model and tokenizer; what is not asked for is as the adapter's run had it."""
     if asked.ep_size > 1 and asked.adapter is None:
         raise UserError(f"--ep_size {asked.ep_size} is for the experts of an adapter: add --adapter, or leave it out")
