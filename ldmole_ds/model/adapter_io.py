@@ -20,29 +20,19 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldmole_ds.checkpoint import TrainingState, has_training_state, problem_of
 from ldmole_ds.config import CONFIG_NAME, WEIGHTS_NAME
 from ldmole_ds.distributed import ExpertParallel
 from ldmole_ds.distributed.zero import finish_prefetches, full_shape, gathered
 from ldmole_ds.model.adapter_checks import check_values
-from ldmole_ds.model.canonical import L1_EXPONENT, adapter_state
+from ldmole_ds.model.canonical import L1_EXPONENT, adapter_state, canonical_shapes, lambda_mlps, saved_modules
 from ldmole_ds.model.quantized import num_weights
 
 if TYPE_CHECKING:
     from ldmole_ds.layers import InputGroup
     from ldmole_ds.model.ldmole_model import LDMoLEModel
-
-
-def _lambda_mlps(model: LDMoLEModel) -> dict[str, nn.Module]:
-    if model.lambda_mlps:
-        return dict(model.lambda_mlps.items())
-    return {g.name: g.lambda_mlp for g in model.input_groups if g.lambda_mlp is not None}
-
-
-def _saved_modules(model: LDMoLEModel) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.base_model.named_parameters() if p.requires_grad}
 
 
 def _all_experts(value: Tensor, group: InputGroup, dim: int) -> Tensor:
@@ -78,11 +68,11 @@ def gather_adapter_state(model: LDMoLEModel, *, keep: bool = True) -> dict[str, 
                 put(f"{path}.lora_B", lora_B[g].transpose(1, 2))
                 if group.gate is not None:
                     put(f"{path}.router", group.gate[g])
-    for key, mlp in _lambda_mlps(model).items():
+    for key, mlp in lambda_mlps(model).items():
         with gathered(mlp.parameters()):
             for name, param in mlp.named_parameters():
                 put(f"lambda_mlp.{key}.{name}", param)
-    for name, param in _saved_modules(model).items():
+    for name, param in saved_modules(model).items():
         with gathered([param]):
             put(name, param)
     if model.adaptive_l1 is not None:
@@ -174,18 +164,11 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def expected_shapes(model: LDMoLEModel) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the model's canonical state; needs no weights and no collective."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for group in model.input_groups:
-        experts = group.num_experts
-        for path, out_features in zip(group.members, group.out_features, strict=True):
-            shapes[f"{path}.lora_A"] = (experts, group.r, group.in_features)
-            shapes[f"{path}.lora_B"] = (experts, out_features, group.r)
-            if group.gate is not None:
-                shapes[f"{path}.router"] = (experts, group.in_features)
-    for key, mlp in _lambda_mlps(model).items():
-        shapes.update({f"lambda_mlp.{key}.{name}": tuple(full_shape(p)) for name, p in mlp.named_parameters()})
-    shapes.update({name: tuple(full_shape(p)) for name, p in _saved_modules(model).items()})
+    """Keys and shapes of the adapter file; needs no weights and no collective."""
+    shapes = canonical_shapes(model)
+    for key in [key for key in shapes if key.endswith(".lora_B")]:
+        experts, r, out_features = shapes[key]
+        shapes[key] = (experts, out_features, r)
     if model.adaptive_l1 is not None:
         shapes[L1_EXPONENT] = ()
     return shapes
@@ -222,11 +205,11 @@ def load_state(model: LDMoLEModel, state: dict[str, Tensor], source: str) -> Non
                 group.lora_B[g].data.copy_(state[f"{path}.lora_B"][held].transpose(1, 2))
                 if group.gate is not None:
                     group.gate.data[g].copy_(state[f"{path}.router"])
-    for key, mlp in _lambda_mlps(model).items():
+    for key, mlp in lambda_mlps(model).items():
         with gathered(mlp.parameters(), modifier_rank=0):
             for name, param in mlp.named_parameters():
                 param.data.copy_(state[f"lambda_mlp.{key}.{name}"])
-    for name, param in _saved_modules(model).items():
+    for name, param in saved_modules(model).items():
         with gathered([param], modifier_rank=0):
             param.data.copy_(state[name])
     if model.adaptive_l1 is not None:

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "ldmole_ds"
 HOME = "distributed/deepspeed_private.py"
 # Private names that are not DeepSpeed's. Every user of ZeRO-3 reads ds_id, Transformers too.
 OTHERS = {
-    "python, argparse": {"__name__", "_actions", "_exit"},
+    "python, argparse": {"__module__", "__name__", "_actions", "_exit"},
     "torch": {"_C", "_ConvNd", "_current_graph_task_id", "_modules", "_set_pg_timeout", "_version", "_world"},
     "deepspeed": {"ds_id"},
 }
