@@ -135,6 +135,7 @@ def test_cloze_and_splits_may_be_asked_for(tiny_model_folder):
         ({"task": "rte", "ep_size": 2}, r"--ep_size 2 is for the experts of an adapter: add --adapter"),
         ({"task": "rte", "model_name_or_path": "no/such"}, r"--model_name_or_path 'no/such' could not be loaded"),
         ({"task": "rte", "max_length": 1}, r"raise --max_length"),
+        ({"task": "rte", "output_file": "no/such/folder.json"}, r"--output_file no/such/folder\.json: its folder does"),
     ],
 )
 def test_one_sentence_with_the_remedy(tiny_model_folder, flags, said):
