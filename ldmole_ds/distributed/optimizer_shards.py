@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ldmole_ds.distributed.deepspeed_private import TESTED_VERSION, private
-from ldmole_ds.distributed.zero import finish_prefetches, full_shape
+from ldmole_ds.distributed.zero import finish_prefetches
 
 _MASTER_12, _MASTER_3 = "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"
 _STAGE_12 = ("bit16_groups", "bit16_groups_flat", "real_dp_process_group", "update_lp_params")
@@ -206,16 +206,17 @@ def _flats_of_stage_3(optimizer: Any) -> Iterator[Flat]:
     for i, (params, master) in enumerate(
         zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
     ):
-        if optimizer.fp16_partitioned_groups_flat[i] is None or master.numel() == 0 < len(params):
+        sizes = [private(param, "ds_numel") for param in params]
+        if optimizer.fp16_partitioned_groups_flat[i] is None or master.numel() == 0 < sum(sizes):
             raise ValueError(
                 "checkpoints cannot hold an optimizer that is offloaded to NVMe: set offload_optimizer.device to cpu, "
                 "or --save_strategy no"
             )
         offset, runs = 0, []
-        for param in params:
-            numel, whole = param.partition_numel(), full_shape(param).numel()
+        for param, size in zip(params, sizes, strict=True):
+            numel = private(param, "partition_numel")()
             start = numel * dist.get_rank(group=private(param, "ds_process_group"))
-            real = min(numel, whole - start)
+            real = min(numel, size - start)
             if real > 0:
                 runs.append(Run(param, start, offset, real))
             offset += numel
