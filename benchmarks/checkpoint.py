@@ -91,10 +91,10 @@ def measure(rank: int, world_size: int, folder: str, stage: int, ep_size: int, r
         for kind in KINDS:  # side by side, so that a noisy moment hits all
             place = Path(folder) / f"{list(KINDS).index(kind)}-{turn}"
             seconds[kind]["save"].append(timed(save[kind], place))
-            size[kind] = sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
             if kind in load:
                 seconds[kind]["load"].append(timed(load[kind], place))
             if rank == 0:
+                size[kind] = sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
                 shutil.rmtree(place)
             dist.barrier()
     parameters = model.num_parameters_by_kind()
