@@ -112,7 +112,10 @@ def _token_table(routing: Routing, prompts: Sequence[Prompt]) -> dict[str, list[
         }
 
     most = [row(token, np.argmax) for token in ranked[:count]]
-    return {"most": most, "fewest": [row(token, np.argmin) for token in ranked[::-1][: min(count, len(ranked) - count)]]}
+    return {
+        "most": most,
+        "fewest": [row(token, np.argmin) for token in ranked[::-1][: min(count, len(ranked) - count)]],
+    }
 
 
 def _prompts(routing: Routing, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:

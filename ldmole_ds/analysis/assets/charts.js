@@ -57,7 +57,7 @@ const tickText = (x) => String(Number(x.toPrecision(4)));
 const stride = (n, room, each) => Math.max(1, Math.ceil(n / Math.max(1, Math.floor(room / each))));
 
 function heatmap({ rows, columns, cells, low, high, chosen, onClick, label, xTitle }) {
-  const left = 8 + 6.3 * Math.max(...rows.map((r) => r.length)), top = 4, bottom = 62;
+  const left = 8 + 6.3 * Math.max(...rows.map((r) => r.length)), top = 4, bottom = 46;
   const w = clamp(1040 / columns.length, 12, 64), h = clamp(200 / rows.length, 22, 30);
   const width = Math.max(left + w * columns.length + 8, 420), height = top + h * rows.length + bottom;
   const parts = [];
@@ -66,7 +66,7 @@ function heatmap({ rows, columns, cells, low, high, chosen, onClick, label, xTit
   columns.forEach((name, c) => {
     if (c % each === 0) parts.push(svg("text", { x: left + w * (c + 0.5), y: top + h * rows.length + 15, "text-anchor": "middle", text: name }));
   });
-  parts.push(svg("text", { x: left, y: height - 14, text: xTitle }));
+  parts.push(svg("text", { x: left - 7, y: top + h * rows.length + 15, "text-anchor": "end", text: xTitle }));
   for (const cell of cells) {
     const t = (cell.value - low) / (high - low || 1), colour = ramp(t);
     const box = { x: left + w * cell.column + 1, y: top + h * cell.row + 1, width: w - 2, height: h - 2 };
@@ -79,7 +79,7 @@ function heatmap({ rows, columns, cells, low, high, chosen, onClick, label, xTit
   for (const cell of cells.filter(chosen)) {
     parts.push(svg("rect", { x: left + w * cell.column + 1, y: top + h * cell.row + 1, width: w - 2, height: h - 2, rx: 3, fill: "none", class: "chosen", "pointer-events": "none" }));
   }
-  parts.push(...legend(width - 238, height - 24, 180, low, high, ramp));
+  parts.push(...legend(width - 232, height - 14, 180, low, high, ramp));
   const plot = frame(width, height, label, parts);
   plot.style.minWidth = `${Math.min(width, 700)}px`;
   plot.style.maxWidth = `${width * 1.15}px`;
@@ -98,7 +98,7 @@ function legend(x, y, width, low, high, colour) {
 }
 
 function bars({ values, names, tips, format, reference, label, xTitle }) {
-  const left = 44, right = 8, top = 12, bottom = 40, width = 540, height = 250;
+  const left = 44, right = 8, top = 20, bottom = 40, width = 540, height = 250;
   const inner = width - left - right, tall = height - top - bottom, n = values.length;
   const high = Math.max(...values, reference || 0) * 1.06 || 1, y = (v) => top + tall * (1 - v / high), parts = [];
   for (const tick of niceTicks(0, high, 4)) {
@@ -116,7 +116,8 @@ function bars({ values, names, tips, format, reference, label, xTitle }) {
   parts.push(svg("line", { x1: left, x2: width - right, y1: y(0), y2: y(0), class: "axis" }));
   if (reference) {
     parts.push(svg("line", { x1: left, x2: width - right, y1: y(reference), y2: y(reference), stroke: "var(--warn)", "stroke-dasharray": "5 4" }));
-    parts.push(svg("text", { x: width - right, y: y(reference) - 5, "text-anchor": "end", text: "even share" }));
+    parts.push(svg("line", { x1: width - right - 84, x2: width - right - 64, y1: 6, y2: 6, stroke: "var(--warn)", "stroke-dasharray": "5 4" }));
+    parts.push(svg("text", { x: width - right, y: 10, "text-anchor": "end", text: "even share" }));
   }
   parts.push(svg("text", { x: left + inner / 2, y: height - 5, "text-anchor": "middle", text: xTitle }));
   return frame(width, height, label, parts);

@@ -20,6 +20,8 @@ const selection = () => data.projections.map((p, j) => (matches(p) ? j : -1)).fi
 const place = (p) => `layer ${data.layers[p.layer]}, ${data.kinds[p.kind]}`;
 const visible = (token) => token.replaceAll("\n", "\u21b5").replaceAll("\t", "\u21e5").replaceAll(" ", "\u2423");
 
+const oneLine = (text) => text.replaceAll("\n", "\u21b5").replaceAll("\t", " ");
+
 function unpack(text, type) {
   const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   const view = new DataView(bytes.buffer), n = bytes.length / 2;
@@ -84,9 +86,9 @@ function drawLoad(chosen) {
 function drawLoads() {
   // As an image, one pixel an expert: large models have more cells than a page can hold elements.
   const n = data.loads.length, tall = data.max_experts, ratio = 2;
-  const w = clamp(Math.floor(1100 / n), 2, 22), h = clamp(Math.floor(220 / tall), 2, 20);
-  const canvas = html("canvas", { width: n * w * ratio, height: tall * h * ratio, role: "img", "aria-label": "load of every expert" });
-  canvas.style.cssText = `width:${n * w}px;height:${tall * h}px;display:block;border-radius:6px`;
+  const w = clamp(1100 / n, 2, 22), h = clamp(Math.floor(220 / tall), 2, 20);
+  const canvas = html("canvas", { width: Math.round(n * w * ratio), height: tall * h * ratio, role: "img", "aria-label": "load of every expert" });
+  canvas.style.cssText = `width:100%;min-width:${Math.min(n * w, 600)}px;max-width:${n * w}px;height:${tall * h}px;display:block`;
   const pen = canvas.getContext("2d"), gap = w > 3 ? 1 : 0;
   pen.scale(ratio, ratio);
   const order = data.loads.map((l) => l.map((_, e) => e).sort((a, b) => l[b] - l[a]));
@@ -102,7 +104,7 @@ function drawLoads() {
   }));
   const cellAt = (event) => {
     const box = canvas.getBoundingClientRect();
-    const j = clamp(Math.floor((event.clientX - box.left) / w), 0, n - 1), row = Math.floor((event.clientY - box.top) / h);
+    const j = clamp(Math.floor((n * (event.clientX - box.left)) / box.width), 0, n - 1), row = Math.floor((event.clientY - box.top) / h);
     return [j, order[j][row]];
   };
   canvas.addEventListener("mousemove", (event) => {
@@ -135,7 +137,9 @@ function drawPrompt(chosen) {
   const groups = data.groups.map((members, g) => (members.some((j) => chosen.includes(j)) ? g : -1)).filter((g) => g >= 0);
   const experts = mean(chosen.map((j) => data.projections[j].experts));
   const values = prompt.tokens.map((_, t) => mean(chosen.map((j) => prompt.unpacked[t * J + j])));
-  const low = Math.min(...values), high = Math.max(...values);
+  // One token far from all others would leave them one colour: the ends of the scale stand for what lies beyond.
+  const sorted = [...values].sort((a, b) => a - b), rank = (q) => sorted[Math.round(q * (sorted.length - 1))];
+  const low = rank(0.05), high = rank(0.95);
   const spans = prompt.tokens.map((token, t) => {
     const used = chosen.map((j) => prompt.unpacked[t * J + j]), colour = ramp((values[t] - low) / (high - low || 1));
     let tip = `${visible(token)}\n${round(values[t])} of ${round(experts, 0)} experts`;
@@ -159,9 +163,9 @@ function drawTables() {
     const rows = data.tokens[which].map((row) => {
       const bar = `background:linear-gradient(90deg, var(--accent-soft) ${(100 * row.mean) / longest}%, transparent 0)`;
       const context = html("div", {}, [
-        html("span", { class: "before" }, [html("bdi", { text: visible(row.before) })]),
-        html("mark", { text: visible(row.token) }),
-        html("span", { class: "after", text: visible(row.after) }),
+        html("span", { class: "before" }, [html("span", { text: oneLine(row.before) })]),
+        html("mark", { text: oneLine(row.token) }),
+        html("span", { class: "after", text: oneLine(row.after) }),
       ]);
       return html("tr", {}, [
         html("td", { class: "token", text: visible(row.token) }), html("td", { text: round(row.mean), style: bar }),
