@@ -27,7 +27,7 @@ class LDMoLELM(HFLM):
     Prompts, scoring and splits are the harness's, so its figures cannot be set beside those of ``launch/evaluate.py``.
 
     Args:
-        adapter: Folder of an adapter; None: the bare base model.
+        adapter: Folder of a run, a checkpoint or an adapter, or a hub id; None: the bare base model.
         pretrained: Base model; None: the adapter's, or the embedded one.
         revision, trust_remote_code, dtype: Of the base model.
         device: cuda, cpu, ...; cpu where there is no CUDA, since the harness says cuda unless it is told otherwise.

@@ -7,7 +7,7 @@ import os
 import time
 import typing
 from argparse import Namespace
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,10 @@ class EvaluateArguments:
 
     _argument_group_name: typing.ClassVar[str] = "evaluation"
 
-    adapter: str | None = field_with_help(None, "Folder of an adapter. Default: the bare base model.")
+    adapter: str | None = field_with_help(
+        None, "Folder of a run, a checkpoint or an adapter, or a hub id. Default: the bare base model."
+    )
+    adapter_revision: str | None = field_with_help(None, "Branch, tag or commit of an adapter on the hub.")
     task: str | None = field_with_help(
         None,
         f"Tasks with commas between them: {', '.join(TASKS)}; or all. Default: those that the adapter was trained on.",
@@ -68,6 +71,17 @@ class EvaluateArguments:
     ddp_timeout: int = field_with_help(1800, "Seconds until a collective of ranks gives up.")
 
 
+def _base_model_arguments() -> type:
+    """`ModelArguments` without the adapter to train on from."""
+    hints = typing.get_type_hints(ModelArguments)
+    names = [f for f in fields(ModelArguments) if not f.name.startswith("adapter_")]
+    own = [(f.name, hints[f.name], field_with_help(f.default, **f.metadata)) for f in names]
+    return make_dataclass("BaseModelArguments", own, namespace={"_argument_group_name": "base model"})
+
+
+BaseModelArguments = _base_model_arguments()
+
+
 def parse_evaluate_flags(argv: list[str]) -> Namespace:
     """Parse flags; touches no accelerator.
 
@@ -75,7 +89,7 @@ def parse_evaluate_flags(argv: list[str]) -> Namespace:
         UserError: An unknown flag, or a value of the wrong type or out of range.
     """
     parser = HfArgumentParser(
-        (EvaluateArguments, ModelArguments),
+        (EvaluateArguments, BaseModelArguments),
         prog="launch/evaluate.py",
         usage=USAGE,
         formatter_class=Formatter,
@@ -95,8 +109,10 @@ def evaluate(flags: Namespace) -> list[TaskResult]:
     """Run it. Collective: every rank calls it with the same flags."""
     device = runtime.start(use_deepspeed=False, timeout_s=flags.ddp_timeout)
     quiet_libraries()
-    asked, model_flags = build(flags, EvaluateArguments), build(flags, ModelArguments)
+    asked, model_flags = build(flags, EvaluateArguments), build(flags, BaseModelArguments)
     with agreed("tasks"):
+        if asked.output_file and not Path(asked.output_file).absolute().parent.is_dir():
+            raise UserError(f"--output_file {asked.output_file}: its folder does not exist")
         asked = with_training_defaults(asked)
         if not asked.task:
             raise UserError(f"which task? Add --task with one or several of {', '.join(TASKS)}, or all")
@@ -139,15 +155,17 @@ def world_size() -> int:
 
 def with_training_defaults(asked: EvaluateArguments) -> EvaluateArguments:
     """What was not asked for, as the adapter's own run had it."""
-    record = Path(asked.adapter) / SETTINGS_NAME if asked.adapter else None
-    if record is None or not record.is_file():
+    # A checkpoint's record is that of its run, one folder up.
+    folders = [Path(asked.adapter), Path(asked.adapter).parent] if asked.adapter else []
+    record = next((file for folder in folders if (file := folder / SETTINGS_NAME).is_file()), None)
+    if record is None:
         return asked
     data = json.loads(record.read_text(encoding="utf-8")).get("data", {})
     known = {name: data.get(name) for name in ("task", "data_dir", "scoring", "max_length")}
     return EvaluateArguments(**{**asdict(asked), **{k: v for k, v in known.items() if getattr(asked, k) is None}})
 
 
-def load_model(asked: EvaluateArguments, model: ModelArguments) -> tuple[Any, Any]:
+def load_model(asked: EvaluateArguments, model: Any) -> tuple[Any, Any]:
     """Model and tokenizer; what is not asked for is as the adapter's run had it."""
     if asked.ep_size > 1 and asked.adapter is None:
         raise UserError(f"--ep_size {asked.ep_size} is for the experts of an adapter: add --adapter, or leave it out")
@@ -157,6 +175,7 @@ def load_model(asked: EvaluateArguments, model: ModelArguments) -> tuple[Any, An
         return load_adapted(
             asked.adapter,
             model.model_name_or_path,
+            adapter_revision=asked.adapter_revision,
             revision=None if model.revision == "main" else model.revision,
             token=model.token,
             trust_remote_code=model.trust_remote_code,

@@ -11,9 +11,9 @@ from typing import Any
 from ldmole_ds.training.runtime import UserError
 
 
-def field_with_help(default: Any, text: str, **kwargs: Any) -> Any:
+def field_with_help(default: Any, help: str, **kwargs: Any) -> Any:
     """A field of an argument dataclass: its default, and what ``--help`` says."""
-    return field(default=default, metadata={"help": text, **kwargs})
+    return field(default=default, metadata={"help": help, **kwargs})
 
 
 class Formatter(ArgumentDefaultsHelpFormatter):

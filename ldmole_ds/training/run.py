@@ -17,11 +17,14 @@ from transformers.utils import logging as hf_logging
 
 from ldmole_ds.checkpoint import CheckpointError
 from ldmole_ds.model import LDMoLEModel
+from ldmole_ds.model.adapter_io import load_state
 from ldmole_ds.tasks import TASKS, ChoiceDataset
 from ldmole_ds.tasks.metrics import task_metrics
 from ldmole_ds.training import report as reports
 from ldmole_ds.training import runtime
+from ldmole_ds.training.adapter_start import start_from_adapter
 from ldmole_ds.training.arguments import LDMoLETrainingArguments, adapter_config
+from ldmole_ds.training.batch import BatchSizeWarmup, batch_size_warmup
 from ldmole_ds.training.callbacks import GroupTimeoutCallback
 from ldmole_ds.training.data import ChoiceData
 from ldmole_ds.training.ds_config import check_ds_config, check_precision, read_ds_config
@@ -36,7 +39,7 @@ from ldmole_ds.training.trainer import LDMoLETrainer
 def train(flags: Namespace) -> None:
     """Run it. Collective: every rank calls it with the same flags."""
     try:
-        config = adapter_config(flags)
+        config, start = adapter_config(flags), None
         if flags.deepspeed:
             ds_config = read_ds_config(flags.deepspeed)
             check_ds_config(ds_config, flags.deepspeed)
@@ -45,6 +48,9 @@ def train(flags: Namespace) -> None:
         raise UserError(f"--{error}") from error
     device = runtime.start(use_deepspeed=bool(flags.deepspeed), timeout_s=int(flags.ddp_timeout))
     quiet_libraries()
+    if flags.adapter_name_or_path:
+        with agreed("starting adapter"):
+            config, start = start_from_adapter(flags)
     settings = build_settings(flags, device)
     training, layout = settings["training"], settings["layout"]
     folder = Path(training.output_dir)
@@ -57,8 +63,11 @@ def train(flags: Namespace) -> None:
         base = load_base(settings["model"], training)
     with agreed("adapter"):
         model = build_model(base, config, data, settings)
+        if start is not None:
+            load_state(model, start, source=flags.adapter_name_or_path)
     with agreed("trainer"):
-        trainer = build_trainer(model, tokenizer, data, training)
+        warmup = batch_size_warmup(settings["batch"])
+        trainer = build_trainer(model, tokenizer, data, training, warmup)
     if is_main_process():
         record = {name: group.to_dict() if name == "training" else asdict(group) for name, group in settings.items()}
         resolved = {"world_size": model.topology.world_size, "ep_size": model.topology.ep_size}
@@ -67,7 +76,9 @@ def train(flags: Namespace) -> None:
             folder / SETTINGS_NAME,
             run_settings(**record, adapter=model.adapter_config.to_dict(), resolved=resolved, seed=training.seed),
         )
-        print(startup_table(model, data, training), flush=True)
+        print(startup_table(model, data, training, warmup), flush=True)
+        if start is not None:
+            print(f"start     the weights of {flags.adapter_name_or_path}", flush=True)
         if data.label_words:
             write_json(folder / "label_words.json", data.label_words)
     resume = "auto" if layout.resume == "auto" else _resume(training.resume_from_checkpoint)
@@ -101,7 +112,11 @@ def choice_metrics(validation: ChoiceDataset | None) -> Callable[[EvalPrediction
 
 
 def build_trainer(
-    model: LDMoLEModel, tokenizer: Any, data: ChoiceData, training: LDMoLETrainingArguments
+    model: LDMoLEModel,
+    tokenizer: Any,
+    data: ChoiceData,
+    training: LDMoLETrainingArguments,
+    warmup: BatchSizeWarmup | None = None,
 ) -> LDMoLETrainer:
     """The Trainer of a multiple-choice run."""
     trainer = LDMoLETrainer(
@@ -114,13 +129,16 @@ def build_trainer(
         compute_metrics=choice_metrics(data.validation),
         callbacks=[GroupTimeoutCallback()],
         single_token_choices=data.single_token,
+        batch_size_warmup=warmup,
         peak_tflops=training.peak_tflops,
     )
     trainer.add_callback(MetricsFileCallback(trainer, per_layer=training.log_per_layer))
     return trainer
 
 
-def startup_table(model: LDMoLEModel, data: ChoiceData, training: LDMoLETrainingArguments) -> str:
+def startup_table(
+    model: LDMoLEModel, data: ChoiceData, training: LDMoLETrainingArguments, warmup: BatchSizeWarmup | None = None
+) -> str:
     """What is about to run, in a few lines."""
     topology, config = model.topology, model.adapter_config
     accumulation, micro = training.gradient_accumulation_steps, training.per_device_train_batch_size
@@ -129,17 +147,19 @@ def startup_table(model: LDMoLEModel, data: ChoiceData, training: LDMoLETraining
     projections = sum(len(g.members) for g in model.input_groups)
     rows = f"{len(data.train)} train" + (f", {len(data.validation)} held-out" if data.validation else "")
     cut = data.train.num_truncated
-    return "\n".join(
-        [
-            f"data      {rows} rows of {data.description}" + (f" ({cut} prompts cut to --max_length)" if cut else ""),
-            f"adapter   {config.router}, {config.num_experts} experts of rank {config.r} on {projections} projections "
-            f"in {len(model.input_groups)} input groups, {parameters['trainable']:,} trainable parameters",
-            f"layout    {topology.world_size} ranks, ep_size {topology.ep_size}: {held} of {config.num_experts} "
-            f"experts on each rank, expert_dispatch {model.expert_dispatch}",
-            f"batch     {micro} rows x {accumulation} accumulation x {topology.world_size} ranks = "
-            f"{micro * accumulation * topology.world_size} rows a step, learning rate {training.learning_rate:g}",
-        ]
-    )
+    full = micro * accumulation * topology.world_size
+    lines = [
+        f"data      {rows} rows of {data.description}" + (f" ({cut} prompts cut to --max_length)" if cut else ""),
+        f"adapter   {config.router}, {config.num_experts} experts of rank {config.r} on {projections} projections "
+        f"in {len(model.input_groups)} input groups, {parameters['trainable']:,} trainable parameters",
+        f"layout    {topology.world_size} ranks, ep_size {topology.ep_size}: {held} of {config.num_experts} "
+        f"experts on each rank, expert_dispatch {model.expert_dispatch}",
+        f"batch     {micro} rows x {accumulation} accumulation x {topology.world_size} ranks = "
+        f"{full} rows a step, learning rate {training.learning_rate:g}",
+    ]
+    if warmup is not None:
+        lines.append(f"warm-up   {warmup.describe(full)}")
+    return "\n".join(lines)
 
 
 def finish(

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.utils import find_labels
@@ -19,6 +18,8 @@ from ldmole_ds.distributed import deepspeed_groups
 from ldmole_ds.model import LDMoLEModel
 from ldmole_ds.model.adapter_io import write_atomically
 from ldmole_ds.tasks.scoring import score_candidates
+from ldmole_ds.training.batch import BatchSizeWarmup
+from ldmole_ds.training.batch_warmup import BatchWarmupLoop
 from ldmole_ds.training.checkpointing import CheckpointableCallback, CheckpointMixin
 from ldmole_ds.training.checks import check_trainable
 from ldmole_ds.training.flops import device_peak_tflops
@@ -28,7 +29,7 @@ from ldmole_ds.training.preemption import PreemptionCallback
 _CHOICE_FIELDS = ("candidate_ids", "candidate_lengths", "gold", "prompt_length")
 
 
-class LDMoLETrainer(CheckpointMixin, Trainer):
+class LDMoLETrainer(CheckpointMixin, BatchWarmupLoop):
     """Trains an `LDMoLEModel`; everything else is the Trainer's.
 
     What differs: the optimizer's groups tell DeepSpeed which parameters are experts; the loss holds the auxiliary
@@ -36,11 +37,18 @@ class LDMoLETrainer(CheckpointMixin, Trainer):
     checkpoints resume in any layout; SIGTERM and SIGUSR1 stop it with a checkpoint. Batches with ``candidate_ids`` and
     ``gold`` (multiple choice) are evaluated by the candidates' log-probabilities.
 
-    Logs also hold MFU where the peak of one device is known: ``peak_tflops`` (10^12 operations a second), or the card's
-    name (`ldmole_ds.training.flops`).
-
     Another trainer whose loss is the model's own gets all of it by inheriting from both, this one first:
     ``class LDMoLESFTTrainer(LDMoLETrainer, SFTTrainer)``, see ``examples/trl_sft.py``.
+
+    Args:
+        model: The wrapped model.
+        *args: As the Trainer.
+        single_token_choices: Multiple choice: whether every candidate is one token.
+        batch_size_warmup: A global batch that grows over the first optimizer steps to its full size, which is
+            ``per_device_train_batch_size * gradient_accumulation_steps`` on every rank.
+        peak_tflops: Of one device, 10^12 operations a second, for MFU in the logs; default: by the card's name, and no
+            MFU where it is not in the table (`ldmole_ds.training.flops`).
+        **kwargs: As the Trainer.
 
     Raises:
         ValueError: A combination that would train wrongly; the message names the setting and the remedy.
@@ -51,6 +59,7 @@ class LDMoLETrainer(CheckpointMixin, Trainer):
         model: LDMoLEModel,
         *args: Any,
         single_token_choices: bool = False,
+        batch_size_warmup: BatchSizeWarmup | None = None,
         peak_tflops: float | None = None,
         **kwargs: Any,
     ) -> None:
@@ -59,6 +68,9 @@ class LDMoLETrainer(CheckpointMixin, Trainer):
         self.add_callback(self.preemption)
         self.add_callback(CheckpointableCallback(self))
         self.single_token_choices = single_token_choices
+        self.batch_size_warmup = batch_size_warmup
+        if batch_size_warmup is not None:
+            self.check_batch_size_warmup()
         # The Trainer looks at our class, which names no labels, and takes every forward with **kwargs for one that
         # hands num_items_in_batch to its loss. Losses other than the causal one are means over their micro-batch.
         if self.args.label_names is None:
@@ -111,7 +123,8 @@ class LDMoLETrainer(CheckpointMixin, Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step; counts the tokens that all ranks will route in it."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = sum((count_tokens(batch).cpu() for batch in batches), torch.zeros(4, dtype=torch.long))
+        real = filter(None, batches)  # empty ones are passed over (batch-size warm-up)
+        counts = sum((count_tokens(batch).cpu() for batch in real), torch.zeros(4, dtype=torch.long))
         if not self.tokens_timed and not self.log_window.tokens.real:
             self.restart_window()  # what came before the first step is no training time
         if self.args.world_size > 1:

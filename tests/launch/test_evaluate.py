@@ -131,10 +131,11 @@ def test_cloze_and_splits_may_be_asked_for(tiny_model_folder):
         ({"task": None}, r"which task\? Add --task with one or several of arc_challenge"),
         ({"task": "glue"}, r"--task 'glue' is not known"),
         ({"task": "rte", "data_dir": "missing"}, r"missing/rte/validation\.jsonl does not exist"),
-        ({"task": "rte", "adapter": "missing"}, r"missing/adapter_config\.json does not exist"),
+        ({"task": "rte", "adapter": "missing"}, r"the adapter folder missing does not exist: give the folder"),
         ({"task": "rte", "ep_size": 2}, r"--ep_size 2 is for the experts of an adapter: add --adapter"),
         ({"task": "rte", "model_name_or_path": "no/such"}, r"--model_name_or_path 'no/such' could not be loaded"),
         ({"task": "rte", "max_length": 1}, r"raise --max_length"),
+        ({"task": "rte", "output_file": "no/such/folder.json"}, r"--output_file no/such/folder\.json: its folder does"),
     ],
 )
 def test_one_sentence_with_the_remedy(tiny_model_folder, flags, said):

@@ -8,7 +8,7 @@ import torch
 
 from ldmole_ds.model.adapter_io import gather_adapter_state
 from tests.distributed_utils import run_distributed
-from tests.training.trainer_runs import make_trainer
+from tests.training.trainer_runs import make_trainer, rows
 
 STEPS, SAVED_AT = 5, 2
 SETTINGS = {
@@ -47,7 +47,8 @@ def build(folder, stage, ep_size, accumulation, **changes):
             "zero_force_ds_cpu_optimizer": False,
         }
     values = {**SETTINGS, **changes, "output_dir": folder}
-    return make_trainer(2, accumulation, config, ep_size, in_order=False, lora_dropout=0.1, **values)
+    values = {"lora_dropout": 0.1, **values}
+    return make_trainer(values.pop("micro", 2), accumulation, config, ep_size, in_order=False, **values)
 
 
 def resume_on_ranks(rank, world_size, folder):
@@ -71,6 +72,37 @@ def resume_on_ranks(rank, world_size, folder):
     return results
 
 
+def cross_on_ranks(rank, world_size, folder):
+    """One whole run, and runs that begin at its checkpoint in every other layout of these ranks."""
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    # Rows in order and no dropout: everything else is as in the exact runs.
+    settings = {"train_sampling_strategy": "sequential", "lora_dropout": 0.0, "save_total_limit": None}
+    whole = outcome(build(f"{folder}/whole", 2, 2, 2, **settings))
+    results = {}
+    for stage, ep_size in CASES:
+        AcceleratorState._reset_state()
+        trainer = build(f"{folder}/{stage}-{ep_size}", stage, ep_size, 2, **settings)
+        results[stage, ep_size] = outcome(trainer, f"{folder}/whole/checkpoint-{SAVED_AT}")
+    return whole, results
+
+
+def best_on_ranks(rank, world_size, folder):
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    results = []
+    for stage, ep_size in ((2, 2), (3, 1), (3, 2)):
+        AcceleratorState._reset_state()
+        results.append(best_model(f"{folder}/best-{stage}-{ep_size}", stage, ep_size))
+    return results
+
+
 def assert_same(whole, again):
     assert whole["steps"] == again["steps"] == STEPS
     assert list(whole["curve"]) == list(range(SAVED_AT + 1, STEPS + 1))
@@ -88,6 +120,25 @@ def test_every_stage_resumes_bit_for_bit(tmp_path):
             assert_same(whole, again)
 
 
+def assert_close(whole, again):
+    assert list(again["curve"]) == list(whole["curve"])
+    for step, values in whole["curve"].items():
+        assert again["curve"][step] == pytest.approx(values, rel=1e-5), step
+
+
+@pytest.mark.distributed
+def test_the_trainer_goes_on_in_other_layouts(tmp_path):
+    per_rank = run_distributed(cross_on_ranks, 2, str(tmp_path), deepspeed=True, timeout_s=300)
+    whole, results = per_rank[0]
+    assert set(results) == set(CASES)
+    for again in results.values():
+        assert_close(whole, again)
+    # And in one process, without DeepSpeed: the same eight rows a step, in as many micro-steps.
+    settings = {"train_sampling_strategy": "sequential", "lora_dropout": 0.0, "micro": 4}
+    alone = build(str(tmp_path / "alone"), None, 1, 2, **settings)
+    assert_close(whole, outcome(alone, str(tmp_path / f"whole/checkpoint-{SAVED_AT}")))
+
+
 def test_one_process_without_deepspeed_resumes_bit_for_bit(tmp_path):
     whole = outcome(build(str(tmp_path / "a"), None, 1, 2, save_total_limit=None))
     again = outcome(build(str(tmp_path / "b"), None, 1, 2), str(tmp_path / f"a/checkpoint-{SAVED_AT}"))
@@ -100,26 +151,38 @@ def test_the_limit_keeps_the_newest_and_the_best(tmp_path):
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{STEPS}"]
 
 
-def test_the_best_model_is_loaded_at_the_end(tmp_path):
-    rows = build(str(tmp_path / "x"), None, 1, 1).train_dataset
-    trainer = build(
-        str(tmp_path),
-        None,
-        1,
-        1,
-        save_steps=1,
-        save_total_limit=2,
-        eval_strategy="steps",
-        eval_steps=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=True,  # the worst one, which is not the last
-        eval_dataset=rows,
-        learning_rate=1e-2,
-    )
+BEST = {
+    "save_steps": 1,
+    "save_total_limit": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": True,  # the worst one, which is not the last
+    "learning_rate": 1e-2,
+}
+
+
+def best_model(folder, stage, ep_size):
+    trainer = build(folder, stage, ep_size, 1, eval_dataset=rows(), **BEST)
     trainer.train()
-    best = Path(trainer.state.best_model_checkpoint)
-    assert best.name != f"checkpoint-{STEPS}"
     losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
-    assert trainer.evaluate()["eval_loss"] == losses[int(best.name.split("-")[1])] == max(losses.values())
-    assert {p.name for p in tmp_path.glob("checkpoint-*")} == {best.name, f"checkpoint-{STEPS}"}
+    kept = {p.name for p in Path(folder).glob("checkpoint-*")}
+    return Path(trainer.state.best_model_checkpoint).name, losses, trainer.evaluate()["eval_loss"], kept
+
+
+def assert_best(best, losses, after, kept):
+    assert best != f"checkpoint-{STEPS}"
+    assert after == losses[int(best.split("-")[1])] == max(losses.values())
+    assert kept == {best, f"checkpoint-{STEPS}"}
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path):
+    assert_best(*best_model(str(tmp_path), None, 1))
+
+
+@pytest.mark.distributed
+def test_the_best_model_is_loaded_under_zero(tmp_path):
+    for results in run_distributed(best_on_ranks, 2, str(tmp_path), deepspeed=True, timeout_s=300):
+        for result in results:
+            assert_best(*result)
