@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ldmole_ds.distributed import ExpertParallel
 from ldmole_ds.layers import RoutingRecord
 from ldmole_ds.model.aux_losses import RoutingBatch, _active_counts, _count
 
@@ -62,8 +63,8 @@ class RoutingStatistics:
                 live = self._live.get(record.group)
                 self._live[record.group] = record.live_units_H if live is None else live | record.live_units_H
 
-    def _stacked(self, reduce: bool) -> tuple[list[tuple[str, int]], list[Tensor]]:
-        """Keys, and per key ``[active (E,), tokens, lambda sum, lambda square sum]``; summed over ranks on demand.
+    def _merged(self) -> tuple[list[tuple[str, int]], list[Tensor]]:
+        """Keys, and per key ``[active (E,), tokens, lambda sum, lambda square sum]`` of this rank.
 
         The keys come in the model's order, so that every rank reduces the same layout.
         """
@@ -72,25 +73,62 @@ class RoutingStatistics:
             for name, row in zip(names, rows_JX, strict=True):
                 merged[name] = merged[name] + row if name in merged else row
         keys = [key for key in ((g, j) for g in self.members for j in range(len(self.members[g]))) if key in merged]
-        rows = [merged[key] for key in keys]
-        if reduce and rows and dist.is_initialized() and dist.get_world_size() > 1:
-            flat = torch.cat(rows)
+        return keys, [merged[key] for key in keys]
+
+    def totals(self, reduce: bool = False, riders: Tensor | None = None) -> tuple[dict[str, dict], list[float]]:
+        """`summary` without the hidden units, with one reduction and one copy to the host for everything.
+
+        Args:
+            reduce: Sum over all ranks first. Collective.
+            riders: ``(n,)`` float64, further numbers to sum in the same reduction.
+
+        Returns:
+            Statistics by projection, and the riders' sums.
+        """
+        keys, rows = self._merged()
+        parts = rows if riders is None else [*rows, riders]
+        if not parts:
+            return {}, []
+        flat = torch.cat(parts)
+        if reduce and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(flat)
-            rows = list(flat.split([row.numel() for row in rows]))
-        return keys, [row.cpu() for row in rows]
+        rows = list(flat.cpu().split([part.numel() for part in parts]))
+        sums = rows.pop().tolist() if riders is not None else []
+        result = {}
+        for (group, j), row in zip(keys, rows, strict=True):
+            stats = self._row(row)
+            if group not in self._live:
+                stats["lambda_mean"] = stats["lambda_std"] = None
+            result[self.members[group][j]] = {"group": group, **stats}
+        return result, sums
+
+    def load_by_rank(self, topology: ExpertParallel, travelling: set[str]) -> Tensor:
+        """How many activations (a token's use of an expert) each rank computes: this rank's tokens, ``(W,)`` float64.
+
+        Args:
+            topology: Who holds which experts.
+            travelling: Names of the groups whose tokens go to the rank of their experts; others are computed at home.
+        """
+        device = next((rows.device for rows in self._sums.values()), "cpu")
+        loads_W = torch.zeros(topology.world_size, dtype=torch.float64, device=device)
+        first = topology.rank - topology.ep_rank
+        for names, rows_JX in self._sums.items():
+            active_JE = rows_JX[:, :-3]
+            away = [j for j, (group, _) in enumerate(names) if group in travelling]
+            home = [j for j, (group, _) in enumerate(names) if group not in travelling]
+            if away:
+                by_peer = active_JE[away].view(len(away), topology.ep_size, -1).sum((0, 2))
+                loads_W[first : first + topology.ep_size] += by_peer
+            loads_W[topology.rank] += active_JE[home].sum()
+        return loads_W
 
     def means(self, reduce: bool = False) -> dict[str, float]:
-        """Over all projections: mean experts per token, mean lambda, its spread over tokens, busiest expert's load.
+        """`mean_routing` of what was counted.
 
         Args:
             reduce: Sum over all ranks first. Collective.
         """
-        _, rows = self._stacked(reduce)
-        if not rows:
-            return {}
-        stats = [self._row(row) for row in rows]
-        names = ("experts_per_token", "lambda_mean", "lambda_std", "max_load")
-        return {name: sum(s[name] for s in stats) / len(stats) for name in names}
+        return mean_routing(self.totals(reduce)[0])
 
     @staticmethod
     def _row(row: Tensor) -> dict:
@@ -103,6 +141,7 @@ class RoutingStatistics:
             "experts_per_token": active.sum().item() / tokens,
             "load": load.tolist(),
             "max_load": load.max().item() * load.numel(),
+            "dead_experts": int((active == 0).sum()),
             "lambda_mean": lam_mean,
             "lambda_std": max(lam_square_sum / tokens - lam_mean**2, 0.0) ** 0.5,
         }
@@ -111,24 +150,33 @@ class RoutingStatistics:
         """Per projection, by full module name.
 
         Returns:
-            ``{projection: {tokens, experts_per_token, load (E shares), max_load (1 = balanced), lambda_mean,
-            lambda_std (over tokens), live_hidden_units, hidden_units, group}}``; lambda's are None for routers
-            without one.
+            ``{projection: {tokens, experts_per_token, load (E shares), max_load (1 = balanced), dead_experts,
+            lambda_mean, lambda_std (over tokens), live_hidden_units, hidden_units, group}}``; lambda's are None for
+            routers without one.
         """
-        keys, rows = self._stacked(reduce)
+        result, _ = self.totals(reduce)
         live = dict(self._live)
         if reduce and live and dist.is_initialized() and dist.get_world_size() > 1:
             names = [g for g in self.members if g in live]
             flat = torch.cat([live[g] for g in names]).int()
             dist.all_reduce(flat, op=dist.ReduceOp.MAX)
             live = dict(zip(names, (flat > 0).split([live[g].numel() for g in names]), strict=True))
-        result = {}
-        for (group, j), row in zip(keys, rows, strict=True):
-            stats = self._row(row)
-            units = live.get(group)
-            if units is None:
-                stats["lambda_mean"] = stats["lambda_std"] = None
+        for stats in result.values():
+            units = live.get(stats["group"])
             stats["live_hidden_units"] = None if units is None else int(units.sum())
             stats["hidden_units"] = None if units is None else units.numel()
-            result[self.members[group][j]] = {"group": group, **stats}
         return result
+
+
+def mean_routing(projections: dict[str, dict]) -> dict[str, float]:
+    """Over the projections of `RoutingStatistics.totals`: ``experts_per_token``, ``lambda_mean`` and ``lambda_std``
+    (spread over tokens; both absent without lambda), ``max_load`` (busiest expert over the mean one; 1 is balance) as
+    means, and ``dead_experts`` (experts that no token used) as their number in all projections together."""
+    rows = list(projections.values())
+    if not rows:
+        return {}
+    names = ["experts_per_token", "max_load"]
+    if all(row["lambda_mean"] is not None for row in rows):
+        names += ["lambda_mean", "lambda_std"]
+    means: dict[str, float] = {name: sum(row[name] for row in rows) / len(rows) for name in names}
+    return {**means, "dead_experts": sum(row["dead_experts"] for row in rows)}

@@ -174,6 +174,21 @@ class LDMoLETrainingArguments(TrainingArguments):
     eval_on_start: bool = field(
         default=True, metadata={"help": "Measure held-out accuracy before training too (if there is held-out data)."}
     )
+    log_per_layer: bool = _field(
+        False,
+        "Also write the routing of every projection at every log, one row each, to metrics_per_layer.csv beside "
+        "metrics.csv (docs/reading-the-routing.md).",
+    )
+    peak_tflops: float | None = _field(
+        None,
+        "Peak of one device in 10^12 operations a second, for the log's mfu (model FLOPs utilisation); default: the "
+        "dense bf16 peak of common cards, none on a CPU.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise ValueError(f"--peak_tflops must be above 0, got {self.peak_tflops}")
 
 
 USAGE = """%(prog)s [run.yaml] [--flag value ...]

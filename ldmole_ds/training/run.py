@@ -28,6 +28,7 @@ from ldmole_ds.training.batch import BatchSizeWarmup, batch_size_warmup
 from ldmole_ds.training.callbacks import GroupTimeoutCallback
 from ldmole_ds.training.data import ChoiceData
 from ldmole_ds.training.ds_config import check_ds_config, check_precision, read_ds_config
+from ldmole_ds.training.metrics_file import MetricsFileCallback
 from ldmole_ds.training.preemption import EXIT_PREEMPTED
 from ldmole_ds.training.run_record import SETTINGS_NAME, check_output_folder, run_settings, write_json
 from ldmole_ds.training.runtime import UserError, agreed, is_main_process
@@ -118,7 +119,7 @@ def build_trainer(
     warmup: BatchSizeWarmup | None = None,
 ) -> LDMoLETrainer:
     """The Trainer of a multiple-choice run."""
-    return LDMoLETrainer(
+    trainer = LDMoLETrainer(
         model,
         training,
         train_dataset=data.train,
@@ -129,7 +130,10 @@ def build_trainer(
         callbacks=[GroupTimeoutCallback()],
         single_token_choices=data.single_token,
         batch_size_warmup=warmup,
+        peak_tflops=training.peak_tflops,
     )
+    trainer.add_callback(MetricsFileCallback(trainer, per_layer=training.log_per_layer))
+    return trainer
 
 
 def startup_table(

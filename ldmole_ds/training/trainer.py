@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from ldmole_ds.training.batch import BatchSizeWarmup
 from ldmole_ds.training.batch_warmup import BatchWarmupLoop
 from ldmole_ds.training.checkpointing import CheckpointableCallback, CheckpointMixin
 from ldmole_ds.training.checks import check_trainable
+from ldmole_ds.training.flops import device_peak_tflops
+from ldmole_ds.training.live_metrics import LogWindow, TokenCounts, count_tokens
 from ldmole_ds.training.preemption import PreemptionCallback
 
 _CHOICE_FIELDS = ("candidate_ids", "candidate_lengths", "gold", "prompt_length")
@@ -45,6 +46,8 @@ class LDMoLETrainer(CheckpointMixin, BatchWarmupLoop):
         single_token_choices: Multiple choice: whether every candidate is one token.
         batch_size_warmup: A global batch that grows over the first optimizer steps to its full size, which is
             ``per_device_train_batch_size * gradient_accumulation_steps`` on every rank.
+        peak_tflops: Of one device, 10^12 operations a second, for MFU in the logs; default: by the card's name, and no
+            MFU where it is not in the table (`ldmole_ds.training.flops`).
         **kwargs: As the Trainer.
 
     Raises:
@@ -57,6 +60,7 @@ class LDMoLETrainer(CheckpointMixin, BatchWarmupLoop):
         *args: Any,
         single_token_choices: bool = False,
         batch_size_warmup: BatchSizeWarmup | None = None,
+        peak_tflops: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, *args, **kwargs)
@@ -75,7 +79,7 @@ class LDMoLETrainer(CheckpointMixin, BatchWarmupLoop):
         self._loss_shifts_labels = getattr(model, "loss_function", None) is ForCausalLMLoss
         if not hasattr(model, "accepts_loss_kwargs"):
             self.model_accepts_loss_kwargs &= self._loss_shifts_labels
-        self._window: dict[str, Any] = {"tokens": 0, "start": time.perf_counter(), "losses": {}, "step": 0}
+        self.log_window = LogWindow(model, 0, peak_tflops or device_peak_tflops(self.args.device))
         self.tokens_timed, self.train_seconds = 0, 0.0
         check_trainable(model, self.args, self._zero_stage)
         if self.compute_loss_func is not None:
@@ -119,19 +123,16 @@ class LDMoLETrainer(CheckpointMixin, BatchWarmupLoop):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step; counts the tokens that all ranks will route in it."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.zeros(2, dtype=torch.long)
-        for batch in filter(None, batches):  # empty ones are passed over (batch-size warm-up)
-            mask, ids = batch.get("attention_mask"), batch.get("input_ids")
-            real = mask.ne(0).sum() if isinstance(mask, Tensor) and mask.dim() == 2 else ids.numel()
-            counts += torch.stack([torch.as_tensor(real), torch.as_tensor(ids.numel())]).cpu()
-        if not self.tokens_timed and not self._window["tokens"]:
+        real = filter(None, batches)  # empty ones are passed over (batch-size warm-up)
+        counts = sum((count_tokens(batch).cpu() for batch in real), torch.zeros(4, dtype=torch.long))
+        if not self.tokens_timed and not self.log_window.tokens.real:
             self.restart_window()  # what came before the first step is no training time
         if self.args.world_size > 1:
             counts = counts.to(device)
             dist.all_reduce(counts)
-        real, padded = counts.tolist()
-        self._num_routed_tokens = real if self.model.adapter_config.mask_padding else padded
-        self._window["tokens"] += real
+        counts = TokenCounts(counts)
+        self._num_routed_tokens = counts.real if self.model.adapter_config.mask_padding else counts.padded
+        self.log_window.tokens += counts
         return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -183,11 +184,11 @@ class LDMoLETrainer(CheckpointMixin, BatchWarmupLoop):
         # Each value becomes this rank's share of the step's: a share of the global sum, or of the micro-steps' mean.
         accumulation = self.current_gradient_accumulation_steps
         scale = self.accelerator.num_processes if num_items is not None else 1 / accumulation
-        sums, aux = self._window["losses"], outputs["aux_losses"]
+        aux = outputs["aux_losses"]
         with torch.no_grad():
             cross_entropy = outputs["loss"] - self.model.weighted(aux)
             for name, value in {"cross_entropy": cross_entropy, **aux}.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().double() * scale
+                self.log_window.add_loss(name, value * scale)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds auxiliary losses, routing and speed to the training logs. Every rank logs, so it may reduce."""
@@ -196,38 +197,21 @@ class LDMoLETrainer(CheckpointMixin, BatchWarmupLoop):
         super().log(logs, start_time)
 
     def _training_metrics(self) -> dict[str, float]:
-        window, steps = self._window, self.state.global_step - self._window.get("step", 0)
-        metrics: dict[str, float] = {}
-        if window["losses"] and steps > 0:
-            # Each micro-step added its share of the step's loss: the sum over micro-steps is the step's.
-            values = torch.stack(list(window["losses"].values())) / steps
-            if self.args.world_size > 1:
-                dist.all_reduce(values)
-                values /= self.args.world_size
-            metrics.update({f"{n}_loss": round(v, 6) for n, v in zip(window["losses"], values.tolist(), strict=True)})
-        means = self.model.routing.means(reduce=self.args.world_size > 1)
-        metrics.update({name: round(value, 4) for name, value in means.items()})
-        seconds = time.perf_counter() - window["start"]
+        window = self.log_window
+        metrics, seconds = window.metrics(self.state.global_step)
         self.train_seconds += seconds
-        self.tokens_timed += window["tokens"]
-        metrics["tokens_per_second"] = round(window["tokens"] / max(seconds, 1e-9), 1)
+        self.tokens_timed += window.tokens.real
         self.restart_window()
         return metrics
 
     def restart_window(self) -> None:
         """Start the next logging window: what happens in between (evaluation) is in neither."""
-        self.model.routing.reset()
-        step = self.state.global_step
-        self._window = {"tokens": 0, "start": time.perf_counter(), "losses": {}, "step": step}
+        self.log_window.restart(self.state.global_step)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The Trainer's evaluation; its routing and time do not count into the training logs."""
-        window, begin, routing = self._window, time.perf_counter(), self.model.routing.snapshot()
-        try:
+        """The Trainer's evaluation; its routing, traffic and time do not count into the training logs."""
+        with self.log_window.paused() as self.eval_routing:
             return super().evaluate(*args, **kwargs)
-        finally:
-            window["start"] += time.perf_counter() - begin
-            self.eval_routing = self.model.routing.swap(routing)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Multiple choice: scores of all candidates, with the negative log-probability of the right one as loss."""

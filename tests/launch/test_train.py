@@ -1,5 +1,6 @@
 """launch/train.py through the real DeepSpeed launcher, on a tiny random model: from the command to a loaded adapter."""
 
+import csv
 import importlib.metadata
 import json
 import re
@@ -35,6 +36,8 @@ def run(tiny_model_folder, data_folder, tmp_path_factory):
         "sparsity_loss_weight": 0.1,
         "r": 8,
         "save_strategy": "no",
+        "log_per_layer": True,
+        "peak_tflops": 0.001,
     }
     path = folder.parent / "run.yaml"
     path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items()))
@@ -68,8 +71,13 @@ def test_the_run_is_written_down(run):
     logged = [row for row in state["log_history"] if "loss" in row]
     assert [row["step"] for row in logged] == [2, 4, 6]
     for name in ("grad_norm", "cross_entropy_loss", "sparsity_loss", "load_balancing_loss", "experts_per_token",
-                 "lambda_std", "tokens_per_second"):  # fmt: skip
+                 "lambda_std", "tokens_per_second", "max_rank_load", "dead_experts", "mfu"):  # fmt: skip
         assert all(name in row for row in logged), name
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["0", "2", "4", "6"] and rows[0]["eval_accuracy"] and rows[3]["eval_loss"]
+    assert [float(row["dispatch_bytes_per_step"]) > 0 and float(row["mfu"]) > 0 for row in rows[1:]] == [True] * 3
+    assert len((folder / "metrics_per_layer.csv").read_text().splitlines()) == 1 + 3 * 14
     for name in ("train_results.json", "eval_results.json", "curves.png", "routing_summary.json"):
         assert (folder / name).stat().st_size > 0
     assert not list(folder.glob("checkpoint-*")) and not list(folder.glob(".*.tmp"))
