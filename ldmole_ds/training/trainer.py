@@ -102,7 +102,7 @@ class LDMoLETrainer(CheckpointMixin, Trainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.zeros(2, dtype=torch.long)
         for batch in batches:
-            mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+            mask, ids = batch.get("padding_mask", batch.get("attention_mask")), batch.get("input_ids")
             real = mask.ne(0).sum() if isinstance(mask, Tensor) and mask.dim() == 2 else ids.numel()
             counts += torch.stack([torch.as_tensor(real), torch.as_tensor(ids.numel())]).cpu()
         if not self.tokens_timed and not self._window["tokens"]:
