@@ -14,7 +14,8 @@ CHATML = (
 MARKED = CHATML.replace(
     "{{ '<eos>' + m['role'] + '\n' + m['content'] + '<eos>\n' }}",
     "{{ '<eos>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] }}<eos>{% endgeneration %}{{ '\n' }}{% else %}{{ m['content'] + '<eos>\n' }}{% endif %}",
+    "{% generation %}{{ m['content'] }}<eos>{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ m['content'] + '<eos>\n' }}{% endif %}",
 )
 # As Qwen3's: an answer has thoughts only while it is the last turn.
 FORGETFUL = CHATML.replace(
@@ -133,7 +134,10 @@ ASSISTANT, USER = TURNS[2], TURNS[1]
         ({"messages": []}, "'messages' is no list of messages"),
         ({"messages": [USER]}, "no assistant turn, so there is nothing to learn"),
         ({"messages": [ASSISTANT, USER]}, "begins with an assistant turn"),
-        ({"messages": [USER, {"role": "bot", "content": "a"}]}, "message 2 of 'messages' has the role 'bot'; expected one"),
+        (
+            {"messages": [USER, {"role": "bot", "content": "a"}]},
+            "message 2 of 'messages' has the role 'bot'; expected one",
+        ),
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, "content of message 2 of 'messages' is empty"),
         ({"messages": [USER, {"role": "assistant"}]}, "content of message 2 of 'messages' is of type NoneType"),
         ({"messages": [{"role": "system", "content": None}, USER, ASSISTANT]}, "has no text under 'content'"),
