@@ -23,7 +23,8 @@ class PackingCheckCallback(TrainerCallback):
         self.collator = collator
 
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs) -> None:
-        change = largest_change(model.base_model, self.collator)
+        # The whole model: under ZeRO-3 its call is what gathers parameters.
+        change = largest_change(model, self.collator)
         if change is not None:
             config = model.base_model.config
             raise UserError(

@@ -35,7 +35,7 @@ def documents():
     return [Document(tuple(ids), ((max(1, len(ids) // 2), len(ids)),)) for ids in rows]
 
 
-def make_trainer(layout: str, micro: int, accumulation: int, ds_config: dict | None = None, ep_size: int = 1):
+def make_trainer(layout: str, micro: int, ds_config: dict | None = None, ep_size: int = 1):
     """Eight documents a step in the same order: eight rows of one, or four rows of two."""
     from torch.utils.data import SequentialSampler
 
@@ -57,7 +57,6 @@ def make_trainer(layout: str, micro: int, accumulation: int, ds_config: dict | N
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": 3,
-        "gradient_accumulation_steps": accumulation,
         "max_steps": STEPS,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
@@ -99,7 +98,7 @@ def on_ranks(rank: int, world_size: int, cases: list[tuple]) -> list[dict]:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")
     results = []
-    for layout, micro, accumulation, stage in cases:
+    for layout, micro, stage in cases:
         AcceleratorState._reset_state()
         config = {
             "train_micro_batch_size_per_gpu": "auto",
@@ -109,7 +108,7 @@ def on_ranks(rank: int, world_size: int, cases: list[tuple]) -> list[dict]:
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
-        results.append(trained(make_trainer(layout, micro, accumulation, config, ep_size=2)))
+        results.append(trained(make_trainer(layout, micro, config, ep_size=2)))
     return results
 
 
@@ -125,27 +124,34 @@ def assert_same(found: dict, expected: dict) -> None:
         assert difference < TOLERANCE, f"{key} differs by {difference:.1e}"
 
 
-def test_packed_training_is_unpacked_training_and_perplexity_that_of_all_tokens():
-    trainer = make_trainer("unpacked", 8, 1)
-    expected = trained(trainer)
-    model, total, count = trainer.model.eval(), 0.0, 0
+@pytest.fixture(scope="module")
+def unpacked():
+    """One process, eight rows of one document a step."""
+    trainer = make_trainer("unpacked", 8)
+    return trainer.model, trained(trainer)
+
+
+def test_packed_training_is_unpacked_training(unpacked):
+    for layout in ("rows", "one row"):
+        assert_same(trained(make_trainer(layout, 4)), unpacked[1])
+
+
+def test_perplexity_is_that_of_all_answer_tokens(unpacked):
+    model, found = unpacked
+    total, count = 0.0, 0
     for document in documents()[:7]:
         ids, labels = torch.tensor([document.input_ids]), torch.tensor([document.labels])
         number = int(labels[:, 1:].ne(-100).sum())
-        total, count = total + model(input_ids=ids, labels=labels).loss.item() * number, count + number
-    assert expected["evaluation"]["eval_loss"] == pytest.approx(total / count, rel=TOLERANCE)
-    assert expected["evaluation"]["eval_perplexity"] == pytest.approx(math.exp(total / count), rel=TOLERANCE)
-    for layout in ("rows", "one row"):
-        assert_same(trained(make_trainer(layout, 4, 1)), expected)
+        with torch.no_grad():
+            total += model.eval()(input_ids=ids, labels=labels).loss.item() * number
+        count += number
+    assert found["evaluation"]["eval_loss"] == pytest.approx(total / count, rel=TOLERANCE)
+    assert found["evaluation"]["eval_perplexity"] == pytest.approx(math.exp(total / count), rel=TOLERANCE)
 
 
 @pytest.mark.distributed
-def test_two_ranks_train_packed_rows_as_one_process():
-    expected = {
-        1: trained(make_trainer("rows", 4, 1)),
-        2: trained(make_trainer("rows", 2, 2)),
-    }
-    cases = [("rows", 2, 1, 2), ("one row", 1, 2, 3)]
+def test_two_ranks_with_partitioned_experts_train_packed_rows_as_one_process(unpacked):
+    cases = [("rows", 2, 2), ("one row", 2, 3)]
     for results in run_distributed(on_ranks, 2, cases, deepspeed=True, timeout_s=240):
-        for (_, _, accumulation, _), found in zip(cases, results, strict=True):
-            assert_same(found, expected[accumulation])
+        for found in results:
+            assert_same(found, unpacked[1])
