@@ -1,4 +1,5 @@
-"""Every name of DeepSpeed's insides that this package uses, in one file, each looked up by `private`.
+"""The names of DeepSpeed's insides that this package uses, each looked up by `private`; those of its optimizers'
+buffers are in `optimizer_shards`, with what they mean.
 
 A version of DeepSpeed that has moved one then says so where it is first needed, and with which versions it works.
 DeepSpeed is imported inside the functions: the runtime (loading an adapter, generating) must work without it.

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ldmole_ds.distributed.deepspeed_private import TESTED_VERSION, private
-from ldmole_ds.distributed.zero import finish_prefetches, full_shape
+from ldmole_ds.distributed.zero import finish_prefetches
 
 _MASTER_12, _MASTER_3 = "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"
 _STAGE_12 = ("bit16_groups", "bit16_groups_flat", "real_dp_process_group", "update_lp_params")
@@ -58,6 +58,7 @@ class Flat:
         optimizer: The base optimizer.
         group: Its parameter group.
         runs: What the buffer holds; what lies between the runs is padding.
+        parameters: Those of its parameter group or sub-group, also where their elements are on other ranks.
     """
 
     weight: Tensor
@@ -65,6 +66,7 @@ class Flat:
     optimizer: torch.optim.Optimizer
     group: dict[str, Any]
     runs: list[Run]
+    parameters: list[nn.Parameter]
 
     @property
     def state(self) -> dict[str, Any]:
@@ -198,7 +200,7 @@ def _flats_of_stage_12(optimizer: Any) -> Iterator[Flat]:
             begin, end = max(at, first), min(at + param.numel(), first + master.numel())
             if begin < end:
                 runs.append(Run(param, begin - at, begin - first, end - begin))
-        yield Flat(master.detach(), master, optimizer.optimizer, groups[i], runs)
+        yield Flat(master.detach(), master, optimizer.optimizer, groups[i], runs, list(optimizer.bit16_groups[i]))
 
 
 def _flats_of_stage_3(optimizer: Any) -> Iterator[Flat]:
@@ -206,20 +208,23 @@ def _flats_of_stage_3(optimizer: Any) -> Iterator[Flat]:
     for i, (params, master) in enumerate(
         zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
     ):
-        if optimizer.fp16_partitioned_groups_flat[i] is None or master.numel() == 0 < len(params):
+        sizes = [private(param, "ds_numel") for param in params]
+        if optimizer.fp16_partitioned_groups_flat[i] is None or master.numel() == 0 < sum(sizes):
             raise ValueError(
                 "checkpoints cannot hold an optimizer that is offloaded to NVMe: set offload_optimizer.device to cpu, "
                 "or --save_strategy no"
             )
         offset, runs = 0, []
-        for param in params:
-            numel, whole = param.partition_numel(), full_shape(param).numel()
+        for param, size in zip(params, sizes, strict=True):
+            numel = private(param, "partition_numel")()
             start = numel * dist.get_rank(group=private(param, "ds_process_group"))
-            real = min(numel, whole - start)
+            real = min(numel, size - start)
             if real > 0:
                 runs.append(Run(param, start, offset, real))
             offset += numel
-        yield Flat(master.detach(), master, optimizer.optimizer, groups[optimizer.sub_group_to_group_id[i]], runs)
+        yield Flat(
+            master.detach(), master, optimizer.optimizer, groups[optimizer.sub_group_to_group_id[i]], runs, list(params)
+        )
 
 
 def _flats_of_torch(optimizer: Any) -> Iterator[Flat]:
@@ -233,4 +238,4 @@ def _flats_of_torch(optimizer: Any) -> Iterator[Flat]:
         optimizer = inner
     for group in optimizer.param_groups:
         for param in group["params"]:
-            yield Flat(param.data.view(-1), param, optimizer, group, [Run(param, 0, 0, param.numel())])
+            yield Flat(param.data.view(-1), param, optimizer, group, [Run(param, 0, 0, param.numel())], [param])

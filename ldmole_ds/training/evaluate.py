@@ -111,6 +111,8 @@ def evaluate(flags: Namespace) -> list[TaskResult]:
     quiet_libraries()
     asked, model_flags = build(flags, EvaluateArguments), build(flags, BaseModelArguments)
     with agreed("tasks"):
+        if asked.output_file and not Path(asked.output_file).absolute().parent.is_dir():
+            raise UserError(f"--output_file {asked.output_file}: its folder does not exist")
         asked = with_training_defaults(asked)
         if not asked.task:
             raise UserError(f"which task? Add --task with one or several of {', '.join(TASKS)}, or all")

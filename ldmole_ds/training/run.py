@@ -25,6 +25,7 @@ from ldmole_ds.training import report as reports
 from ldmole_ds.training import runtime
 from ldmole_ds.training.adapter_start import start_from_adapter
 from ldmole_ds.training.arguments import LDMoLETrainingArguments, adapter_config
+from ldmole_ds.training.batch import BatchSizeWarmup, batch_size_warmup
 from ldmole_ds.training.callbacks import GroupTimeoutCallback
 from ldmole_ds.training.data import ChoiceData
 from ldmole_ds.training.ds_config import check_ds_config, check_precision, read_ds_config
@@ -67,7 +68,8 @@ def train(flags: Namespace) -> None:
         if start is not None:
             load_state(model, start, source=flags.adapter_name_or_path)
     with agreed("trainer"):
-        trainer = build_trainer(model, tokenizer, data, training)
+        warmup = batch_size_warmup(settings["batch"])
+        trainer = build_trainer(model, tokenizer, data, training, warmup)
     if is_main_process():
         record = {name: group.to_dict() if name == "training" else asdict(group) for name, group in settings.items()}
         resolved = {"world_size": model.topology.world_size, "ep_size": model.topology.ep_size}
@@ -76,7 +78,7 @@ def train(flags: Namespace) -> None:
             folder / SETTINGS_NAME,
             run_settings(**record, adapter=model.adapter_config.to_dict(), resolved=resolved, seed=training.seed),
         )
-        print(startup_table(model, data, training), flush=True)
+        print(startup_table(model, data, training, warmup), flush=True)
         if start is not None:
             print(f"start     the weights of {flags.adapter_name_or_path}", flush=True)
         if data.label_words:
@@ -112,7 +114,11 @@ def choice_metrics(validation: ChoiceDataset | None) -> Callable[[EvalPrediction
 
 
 def build_trainer(
-    model: LDMoLEModel, tokenizer: Any, data: ChoiceData | SFTData, training: LDMoLETrainingArguments
+    model: LDMoLEModel,
+    tokenizer: Any,
+    data: ChoiceData | SFTData,
+    training: LDMoLETrainingArguments,
+    warmup: BatchSizeWarmup | None = None,
 ) -> LDMoLETrainer:
     """The Trainer of a run."""
     common = {
@@ -121,6 +127,7 @@ def build_trainer(
         "data_collator": data.collator,
         "processing_class": tokenizer,
         "callbacks": [GroupTimeoutCallback()],
+        "batch_size_warmup": warmup,
     }
     if isinstance(data, SFTData):
         if isinstance(data.collator, PackedCollator):
@@ -136,24 +143,31 @@ def build_trainer(
     )
 
 
-def startup_table(model: LDMoLEModel, data: ChoiceData | SFTData, training: LDMoLETrainingArguments) -> str:
+def startup_table(
+    model: LDMoLEModel,
+    data: ChoiceData | SFTData,
+    training: LDMoLETrainingArguments,
+    warmup: BatchSizeWarmup | None = None,
+) -> str:
     """What is about to run, in a few lines."""
     topology, config = model.topology, model.adapter_config
     accumulation, micro = training.gradient_accumulation_steps, training.per_device_train_batch_size
     parameters = model.num_parameters_by_kind()
     held = len(topology.local_experts(config.num_experts))
     projections = sum(len(g.members) for g in model.input_groups)
-    return "\n".join(
-        [
-            f"data      {data.summary()}",
-            f"adapter   {config.router}, {config.num_experts} experts of rank {config.r} on {projections} projections "
-            f"in {len(model.input_groups)} input groups, {parameters['trainable']:,} trainable parameters",
-            f"layout    {topology.world_size} ranks, ep_size {topology.ep_size}: {held} of {config.num_experts} "
-            f"experts on each rank, expert_dispatch {model.expert_dispatch}",
-            f"batch     {micro} rows x {accumulation} accumulation x {topology.world_size} ranks = "
-            f"{micro * accumulation * topology.world_size} rows a step, learning rate {training.learning_rate:g}",
-        ]
-    )
+    full = micro * accumulation * topology.world_size
+    lines = [
+        f"data      {data.summary()}",
+        f"adapter   {config.router}, {config.num_experts} experts of rank {config.r} on {projections} projections "
+        f"in {len(model.input_groups)} input groups, {parameters['trainable']:,} trainable parameters",
+        f"layout    {topology.world_size} ranks, ep_size {topology.ep_size}: {held} of {config.num_experts} "
+        f"experts on each rank, expert_dispatch {model.expert_dispatch}",
+        f"batch     {micro} rows x {accumulation} accumulation x {topology.world_size} ranks = "
+        f"{full} rows a step, learning rate {training.learning_rate:g}",
+    ]
+    if warmup is not None:
+        lines.append(f"warm-up   {warmup.describe(full)}")
+    return "\n".join(lines)
 
 
 def finish(

@@ -21,7 +21,7 @@ from ldmole_ds.training.arguments import (
     ModelArguments,
     build,
 )
-from ldmole_ds.training.batch import BatchArguments, accumulation_steps, scaled_learning_rate
+from ldmole_ds.training.batch import BatchArguments, accumulation_steps, batch_size_warmup, scaled_learning_rate
 from ldmole_ds.training.data import ChoiceData, load_choice_data
 from ldmole_ds.training.runtime import agreed
 from ldmole_ds.training.sft import SFTData, is_sft_data, load_sft_data
@@ -65,6 +65,9 @@ def build_settings(flags: Namespace, device: str) -> dict[str, Any]:
         accumulation = accumulation_steps(batch, micro, flags.gradient_accumulation_steps, world_size)
         overrides["gradient_accumulation_steps"] = accumulation
         rows = micro * accumulation * world_size
+        warmup = batch_size_warmup(batch)
+        if warmup is not None:
+            warmup.check(rows, world_size)
         overrides["learning_rate"] = scaled_learning_rate(batch, flags.learning_rate, rows)
         return {
             "model": build(flags, ModelArguments),

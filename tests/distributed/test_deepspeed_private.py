@@ -20,6 +20,7 @@ HOME = "distributed/deepspeed_private.py"
 OTHERS = {
     "python, argparse": {"__module__", "__name__", "_actions", "_exit"},
     "torch": {"_C", "_ConvNd", "_current_graph_task_id", "_modules", "_set_pg_timeout", "_version", "_world"},
+    "transformers": {"_commit_hash"},
     "deepspeed": {"ds_id"},
 }
 

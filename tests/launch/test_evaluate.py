@@ -1,14 +1,14 @@
 """launch/evaluate.py: two ranks count every row once and say what one process says; what can go wrong."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from ldmole_ds import LDMoLEConfig, get_ldmole_model
 from ldmole_ds.model.base_model import load_base_model
+from ldmole_ds.training.arguments import parse_flags
 from ldmole_ds.training.evaluate import evaluate, parse_evaluate_flags
+from ldmole_ds.training.run import train
 from ldmole_ds.training.runtime import UserError
 from tests.launcher import ROOT, launch
 from tests.tiny import wake_experts
@@ -56,7 +56,7 @@ def wake_and_save(base_folder, folder):
 
 
 @pytest.mark.slow
-def test_one_step_on_a_mixture(run, tiny_model_folder, tmp_path):
+def test_one_step_on_a_mixture(run, tmp_path):
     folder, output, flags = run
     report, settings = (json.loads((folder / name).read_text()) for name in ("report.json", "run_settings.json"))
     assert [facts["experts"] for facts in report["ranks"]] == [[0, 3], [4, 7]] and report["steps"] == 1
@@ -70,9 +70,7 @@ def test_one_step_on_a_mixture(run, tiny_model_folder, tmp_path):
     # The same rows in one process: the order of a mixture knows nothing of ranks.
     alone = {**flags, "output_dir": tmp_path / "alone", "per_device_train_batch_size": 6, "max_eval_samples": 1}
     del alone["deepspeed"]
-    command = [sys.executable, "launch/train.py", *map(str, argv(alone))]
-    single = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert single.returncode == 0, single.stderr[-3000:]
+    train(parse_flags([str(part) for part in argv(alone)]))
     losses = [
         next(row["loss"] for row in json.loads((f / "trainer_state.json").read_text())["log_history"] if "loss" in row)
         for f in (folder, tmp_path / "alone")
@@ -83,24 +81,22 @@ def test_one_step_on_a_mixture(run, tiny_model_folder, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_say_what_one_process_says(run, tmp_path, capsys):
     folder, _, _ = run
-    found = {}
-    for name, ep_size in (("replicated", 1), ("partitioned", 2)):
-        file = tmp_path / f"{name}.json"
-        flags = ["--adapter", folder, "--batch_size", 2, "--limit", 5, "--ep_size", ep_size, "--output_file", file]
-        result = launch(*flags, script="launch/evaluate.py")
-        assert result.returncode == 0, result.stdout[-4000:]
-        found[name] = json.loads(file.read_text())
-        assert found[name]["world_size"] == 2
-        table = [line.split() for line in result.stdout.splitlines()]
-        for of_task in found[name]["results"]:
-            row = next(line for line in table if line and line[0] == of_task["task"])
-            assert row[1:5] == [of_task["split"], of_task["scoring"], "5", f"{of_task['accuracy']:.3f}"]
+    file = tmp_path / "two.json"
+    flags = ["--adapter", folder, "--batch_size", 2, "--limit", 5, "--ep_size", 2, "--output_file", file]
+    result = launch(*flags, script="launch/evaluate.py")
+    assert result.returncode == 0, result.stdout[-4000:]
+    two = json.loads(file.read_text())
+    assert two["world_size"] == 2
+    table = [line.split() for line in result.stdout.splitlines()]
+    for of_task in two["results"]:
+        row = next(line for line in table if line and line[0] == of_task["task"])
+        assert row[1:5] == [of_task["split"], of_task["scoring"], "5", f"{of_task['accuracy']:.3f}"]
     file = tmp_path / "one.json"
     evaluate(parse_evaluate_flags(["--adapter", str(folder), "--limit", "5", "--output_file", str(file)]))
     one = json.loads(file.read_text())
     assert [r["task"] for r in one["results"]] == ["commonsense_qa", "cola"]  # those it was trained on
     assert one["arguments"]["data_dir"] == str(ROWS)
-    assert found["replicated"]["results"] == found["partitioned"]["results"] == one["results"]
+    assert two["results"] == one["results"] and one["world_size"] == 1
     assert "mean" in capsys.readouterr().out
 
 
@@ -135,6 +131,7 @@ def test_cloze_and_splits_may_be_asked_for(tiny_model_folder):
         ({"task": "rte", "ep_size": 2}, r"--ep_size 2 is for the experts of an adapter: add --adapter"),
         ({"task": "rte", "model_name_or_path": "no/such"}, r"--model_name_or_path 'no/such' could not be loaded"),
         ({"task": "rte", "max_length": 1}, r"raise --max_length"),
+        ({"task": "rte", "output_file": "no/such/folder.json"}, r"--output_file no/such/folder\.json: its folder does"),
     ],
 )
 def test_one_sentence_with_the_remedy(tiny_model_folder, flags, said):
