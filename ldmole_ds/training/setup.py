@@ -134,6 +134,8 @@ def load_base(model: ModelArguments, training: LDMoLETrainingArguments) -> Any:
 def build_model(base: Any, config: LDMoLEConfig, data: ChoiceData | SFTData, settings: dict[str, Any]) -> LDMoLEModel:
     """The wrapped model in the run's layout; adapters are float32 unless the engine is bf16 or fp16."""
     training, source = settings["training"], settings["model"]
+    if isinstance(data, SFTData):
+        data.check_positions(getattr(base.config, "max_position_embeddings", None))
     dtype = engine_dtype(training)
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))

@@ -54,6 +54,18 @@ class SFTData:
         """Tokens of the longest training row."""
         return max(map(int, self.train.lengths))
 
+    def check_positions(self, limit: int | None) -> None:
+        """Refuse documents longer than a model has positions for; a packed row may be, its positions start again.
+
+        Raises:
+            DataError: Names the flag.
+        """
+        longest = max(int(s.lengths.max()) for s in (self.documents, self.validation) if s is not None)
+        if limit is not None and longest > limit:
+            raise DataError(
+                f"a document has {longest} tokens, but the model has {limit} positions: use --max_seq_length {limit}"
+            )
+
     def summary(self) -> str:
         """The data in one line."""
         documents = self.documents

@@ -104,6 +104,11 @@ def test_workers_and_datasets_change_nothing(tmp_path, tokenizer, monkeypatch):
     assert from_name.train.rows == from_file.train.rows and len(from_name.validation) == 4
     assert sum(from_name.train.lengths) == sum(from_name.documents.lengths) and from_name.longest_row <= 40
     assert "packed into" in from_name.summary()
+    longest = int(from_name.documents.lengths.max())
+    assert from_name.longest_row > longest
+    from_name.check_positions(longest)
+    with pytest.raises(DataError, match=f"use --max_seq_length {longest - 1}"):
+        from_name.check_positions(longest - 1)
 
 
 def test_an_error_of_a_worker_names_its_row(tmp_path, tokenizer, cache, monkeypatch):
