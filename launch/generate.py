@@ -33,6 +33,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     prompts = parser.add_argument_group("prompts").add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", help="the text to continue, or the message to classify")
     prompts.add_argument("--prompt_file", type=Path, help='JSON Lines with {"prompt": "..."}; other keys are kept')
+    how = parser.add_argument_group("prompt format")
+    how.add_argument(
+        "--chat", action="store_true", help="each prompt is a user's turn: put it into the chat template first"
+    )
     files = parser.add_argument_group("output")
     files.add_argument(
         "--output_file", type=Path, help='a new file: the lines of --prompt_file, each with "completion"'
@@ -122,6 +126,17 @@ def classify(model, tokenizer, folder: Path, message: str) -> list[tuple[str, fl
     return sorted(zip(words, shares, strict=True), key=lambda pair: -pair[1])
 
 
+def as_chats(tokenizer, prompts: list[str]) -> list[str]:
+    """Each prompt as the first user turn of a conversation, up to where the answer begins."""
+    if tokenizer.chat_template is None:
+        raise ValueError("--chat: the tokenizer has no chat template; leave it out")
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    # Generation puts BOS before each prompt where the tokenizer does; the template has written its own.
+    bos = tokenizer.bos_token if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else None
+    return [text.removeprefix(bos) if bos else text for text in texts]
+
+
 def generate(model, tokenizer, prompts: list[str], places: list[str], args: argparse.Namespace) -> list[str]:
     """The continuations, with a progress bar where there are many."""
     import torch
@@ -150,7 +165,8 @@ def main(argv: list[str]) -> int:
             for word, share in classify(model, tokenizer, folder, args.prompt)[:5]:
                 print(f"{share:6.1%}  {word}")
             return 0
-        texts = generate(model, tokenizer, [row["prompt"] for row in rows], places, args)
+        prompts = [row["prompt"] for row in rows]
+        texts = generate(model, tokenizer, as_chats(tokenizer, prompts) if args.chat else prompts, places, args)
         if args.output_file is None:
             print(texts[0])
             return 0

@@ -78,6 +78,7 @@ class AdaptedForward(nn.Module):
         *args: Any,
         num_routed_tokens: Tensor | float | None = None,
         gradient_accumulation_steps: int = 1,
+        padding_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The base model's forward, with auxiliary losses.
@@ -87,6 +88,7 @@ class AdaptedForward(nn.Module):
             num_routed_tokens: Routed tokens of the whole optimizer step over all ranks; default: of this call. With
                 ragged micro-batches only the whole step's count makes the losses independent of the split.
             gradient_accumulation_steps: Micro-steps per optimizer step, with ``num_routed_tokens``.
+            padding_mask: (B, S), True for real tokens, where the attention mask does not say it: packed rows have none.
             **kwargs: As the base model. With ``num_items_in_batch`` the loss is this rank's share of the global sum
                 (the Trainer multiplies by the number of ranks), else its mean over ranks is the global loss.
 
@@ -99,7 +101,7 @@ class AdaptedForward(nn.Module):
         """
         if not self._holder.enabled:
             return self.base_model(*args, **kwargs)
-        bound, context = self._begin(args, kwargs, gradient_accumulation_steps)
+        bound, context = self._begin(args, kwargs, gradient_accumulation_steps, padding_mask)
         try:
             with self._holder.use(context):
                 outputs = self.base_model(*args, **kwargs)
@@ -108,12 +110,15 @@ class AdaptedForward(nn.Module):
         return self._finish(outputs, context, bound, num_routed_tokens, gradient_accumulation_steps)
 
     @torch.compiler.disable
-    def _begin(self, args: tuple, kwargs: dict, accumulation_steps: int) -> tuple[dict[str, Any], ForwardContext]:
+    def _begin(
+        self, args: tuple, kwargs: dict, accumulation_steps: int, padding_mask: Tensor | None
+    ) -> tuple[dict[str, Any], ForwardContext]:
         """The arguments by name and the pass's context."""
         self.comm_stats.step += self.training
         self._begin_gathering(accumulation_steps if self.training else 1)
         bound = self._bind(args, kwargs)
-        return bound, ForwardContext(padding_mask=padding_mask_of(bound.get("attention_mask")))
+        mask = bound.get("attention_mask") if padding_mask is None else padding_mask
+        return bound, ForwardContext(padding_mask=padding_mask_of(mask))
 
     def _begin_gathering(self, accumulation_steps: int) -> None:
         """Weights gathered for an earlier micro-step stay or go."""

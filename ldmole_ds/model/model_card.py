@@ -88,7 +88,7 @@ def recorded_results(folder: Path) -> dict[str, Any]:
     Files that are absent or cannot be read say nothing.
     """
     report, state = _read(folder / "report.json"), _read(folder / "trainer_state.json")
-    names = ("steps", "accuracy_before", "accuracy_after", "eval_rows")
+    names = ("steps", "accuracy_before", "accuracy_after", "perplexity_before", "perplexity_after", "eval_rows")
     results = {name: report[name] for name in names if report.get(name) is not None}
     step = state.get("global_step")
     if not results and step is not None:

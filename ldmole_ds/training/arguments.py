@@ -75,8 +75,9 @@ class DataArguments:
 
     train_file: str | None = _field(
         None,
-        "JSON Lines file: multiple choice in ARC's schema (question, choices, answerKey) or text and label. "
-        "Default: the embedded customer messages of ten domains.",
+        "JSON Lines file: conversations (messages), prompt and completion, multiple choice in ARC's schema (question, "
+        "choices, answerKey), or text and label; its first row tells which. Default: the embedded customer messages of "
+        "ten domains.",
     )
     validation_file: str | None = _field(None, "Held-out file in the same schema.")
     dataset_name: str | None = _field(None, "Hub dataset in one of these schemas, instead of files.")
@@ -109,6 +110,19 @@ class DataArguments:
     label_column: str | None = _field(None, "Column with the label (default: label).")
     label_words: str | None = _field(None, "JSON file {label: word to answer with}; default: the label itself.")
     max_length: int = _field(512, "Longest sequence in tokens; longer prompts lose their beginning, never the answer.")
+    max_seq_length: int = _field(
+        1024,
+        "Longest row in tokens, of messages and prompt-completion rows: later turns are dropped, then the beginning of "
+        "a prompt, never a part of an answer; a row whose answer alone is longer is left out. Both are counted.",
+    )
+    packing: bool = _field(
+        False,
+        "Put several conversations or prompt-completion rows into one row of max_seq_length tokens; none sees another "
+        "(docs/sft.md).",
+    )
+    preprocessing_num_workers: int | None = _field(
+        None, "Processes that tokenise messages, once per node; default: its cores, fewer for few rows."
+    )
     max_train_samples: int | None = _field(None, "Use only the first N training rows.")
     max_eval_samples: int | None = _field(None, "Use only the first N held-out rows.")
 

@@ -47,6 +47,12 @@ class ChoiceData:
     description: str
     label_words: list[str] | None
 
+    def summary(self) -> str:
+        """The data in one line."""
+        rows = f"{len(self.train)} train" + (f", {len(self.validation)} held-out" if self.validation else "")
+        cut = self.train.num_truncated
+        return f"{rows} rows of {self.description}" + (f" ({cut} prompts cut to --max_length)" if cut else "")
+
     @property
     def longest_row(self) -> int:
         """Tokens of the longest training row, answer included."""
@@ -73,6 +79,8 @@ def load_choice_data(arguments: DataArguments, tokenizer: PreTrainedTokenizerBas
         limit = getattr(arguments, f"max_{name}_samples")
         if limit is not None and limit < 1:
             raise DataError(f"--max_{name}_samples must be at least 1, got {limit}")
+    if arguments.packing:
+        raise DataError("--packing is for rows with messages, or with prompt and completion: leave it out")
     if arguments.task:
         return _task_data(arguments, tokenizer)
     for flag, default in (("data_dir", None), ("scoring", None), ("mixture", "size")):

@@ -34,7 +34,8 @@ class TokenCounts:
 
 def count_tokens(batch: dict[str, Any]) -> Tensor:
     """``(4,)`` int64 of one micro-batch, in the order of `TokenCounts`; causal attention is assumed."""
-    ids, mask, labels = batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
+    ids, labels = batch["input_ids"], batch.get("labels")
+    mask = batch.get("padding_mask", batch.get("attention_mask"))  # packed rows come with the first and a 4-D second
     real = mask.ne(0) if isinstance(mask, Tensor) and mask.dim() == 2 else torch.ones_like(ids, dtype=torch.bool)
     position = batch.get("position_ids")  # they start anew with each document of a packed row
     if position is None or position.shape != real.shape:

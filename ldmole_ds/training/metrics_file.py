@@ -16,6 +16,7 @@ METRICS_COLUMNS = (
     "step", "epoch", "loss", "grad_norm", "learning_rate", "cross_entropy_loss", "sparsity_loss",
     "load_balancing_loss", "router_z_loss", "experts_per_token", "max_load", "max_rank_load", "dead_experts",
     "lambda_mean", "lambda_std", "dispatch_bytes_per_step", "tokens_per_second", "mfu", "eval_loss", "eval_accuracy",
+    "eval_perplexity",
 )  # fmt: skip
 PER_LAYER_COLUMNS = (
     "step", "projection", "experts_per_token", "max_load", "dead_experts", "lambda_mean", "lambda_std"

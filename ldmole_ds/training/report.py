@@ -66,6 +66,10 @@ def format_report(report: dict[str, Any]) -> str:
         lines.append(
             ("held-out accuracy", f"{_percent(before)} before -> {after:.3f} after ({report['eval_rows']} rows)")
         )
+    if report["perplexity_after"] is not None:
+        before, after = report["perplexity_before"], report["perplexity_after"]
+        of = f"{_count(report['eval_rows'])} documents"
+        lines.append(("held-out perplexity", f"{_percent(before)} before -> {after:.3f} after ({of})"))
     if report["accuracy_by_task"]:
         of_tasks = ", ".join(f"{name} {value:.3f}" for name, value in report["accuracy_by_task"].items())
         lines.append(("mean of", of_tasks))

@@ -20,6 +20,7 @@ from ldmole_ds.model import LDMoLEModel
 from ldmole_ds.model.adapter_io import load_state
 from ldmole_ds.tasks import TASKS, ChoiceDataset
 from ldmole_ds.tasks.metrics import task_metrics
+from ldmole_ds.tasks.sft.collate import DocumentCollator, PackedCollator
 from ldmole_ds.training import report as reports
 from ldmole_ds.training import runtime
 from ldmole_ds.training.adapter_start import start_from_adapter
@@ -29,10 +30,12 @@ from ldmole_ds.training.callbacks import GroupTimeoutCallback
 from ldmole_ds.training.data import ChoiceData
 from ldmole_ds.training.ds_config import check_ds_config, check_precision, read_ds_config
 from ldmole_ds.training.metrics_file import MetricsFileCallback
+from ldmole_ds.training.packing_check import PackingCheckCallback
 from ldmole_ds.training.preemption import EXIT_PREEMPTED
 from ldmole_ds.training.run_record import SETTINGS_NAME, check_output_folder, run_settings, write_json
 from ldmole_ds.training.runtime import UserError, agreed, is_main_process
 from ldmole_ds.training.setup import build_model, build_settings, load_base, load_data
+from ldmole_ds.training.sft import SFTData, SFTLossTrainer
 from ldmole_ds.training.trainer import LDMoLETrainer
 
 
@@ -114,30 +117,39 @@ def choice_metrics(validation: ChoiceDataset | None) -> Callable[[EvalPrediction
 def build_trainer(
     model: LDMoLEModel,
     tokenizer: Any,
-    data: ChoiceData,
+    data: ChoiceData | SFTData,
     training: LDMoLETrainingArguments,
     warmup: BatchSizeWarmup | None = None,
 ) -> LDMoLETrainer:
-    """The Trainer of a multiple-choice run."""
-    trainer = LDMoLETrainer(
-        model,
-        training,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        data_collator=data.collator,
-        processing_class=tokenizer,
-        compute_metrics=choice_metrics(data.validation),
-        callbacks=[GroupTimeoutCallback()],
-        single_token_choices=data.single_token,
-        batch_size_warmup=warmup,
-        peak_tflops=training.peak_tflops,
-    )
+    """The Trainer of a run."""
+    common = {
+        "train_dataset": data.train,
+        "eval_dataset": data.validation,
+        "data_collator": data.collator,
+        "processing_class": tokenizer,
+        "callbacks": [GroupTimeoutCallback()],
+        "batch_size_warmup": warmup,
+        "peak_tflops": training.peak_tflops,
+    }
+    if isinstance(data, SFTData):
+        if isinstance(data.collator, PackedCollator):
+            data.collator.one_row = "flash" in (getattr(model.config, "_attn_implementation", None) or "")
+            common["callbacks"].append(PackingCheckCallback(data.collator))
+        trainer = SFTLossTrainer(model, training, eval_collator=DocumentCollator(data.pad_token_id), **common)
+    else:
+        metrics = choice_metrics(data.validation)
+        trainer = LDMoLETrainer(
+            model, training, compute_metrics=metrics, single_token_choices=data.single_token, **common
+        )
     trainer.add_callback(MetricsFileCallback(trainer, per_layer=training.log_per_layer))
     return trainer
 
 
 def startup_table(
-    model: LDMoLEModel, data: ChoiceData, training: LDMoLETrainingArguments, warmup: BatchSizeWarmup | None = None
+    model: LDMoLEModel,
+    data: ChoiceData | SFTData,
+    training: LDMoLETrainingArguments,
+    warmup: BatchSizeWarmup | None = None,
 ) -> str:
     """What is about to run, in a few lines."""
     topology, config = model.topology, model.adapter_config
@@ -145,11 +157,9 @@ def startup_table(
     parameters = model.num_parameters_by_kind()
     held = len(topology.local_experts(config.num_experts))
     projections = sum(len(g.members) for g in model.input_groups)
-    rows = f"{len(data.train)} train" + (f", {len(data.validation)} held-out" if data.validation else "")
-    cut = data.train.num_truncated
     full = micro * accumulation * topology.world_size
     lines = [
-        f"data      {rows} rows of {data.description}" + (f" ({cut} prompts cut to --max_length)" if cut else ""),
+        f"data      {data.summary()}",
         f"adapter   {config.router}, {config.num_experts} experts of rank {config.r} on {projections} projections "
         f"in {len(model.input_groups)} input groups, {parameters['trainable']:,} trainable parameters",
         f"layout    {topology.world_size} ranks, ep_size {topology.ep_size}: {held} of {config.num_experts} "
@@ -163,7 +173,7 @@ def startup_table(
 
 
 def finish(
-    trainer: LDMoLETrainer, model: LDMoLEModel, data: ChoiceData, folder: Path, resume: str | bool | None
+    trainer: LDMoLETrainer, model: LDMoLEModel, data: ChoiceData | SFTData, folder: Path, resume: str | bool | None
 ) -> None:
     """Train, evaluate, save, report; or train until a signal says stop."""
     begin = time.perf_counter()
@@ -197,16 +207,18 @@ def finish(
     if not is_main_process():
         return
     history = trainer.state.log_history
-    before = next((row["eval_accuracy"] for row in history if "eval_accuracy" in row and row["step"] == 0), None)
+    before = next((row for row in history if "eval_loss" in row and row["step"] == 0), {})
     report = {
         "steps": trainer.state.global_step,
         "seconds": seconds,
         "tokens_per_second": trainer.tokens_timed / max(trainer.train_seconds, 1e-9),
-        "accuracy_before": before,
+        "accuracy_before": before.get("eval_accuracy"),
         "accuracy_after": evaluation.get("eval_accuracy"),
         "accuracy_by_task": {
             name: evaluation[f"eval_accuracy_{name}"] for name in TASKS if f"eval_accuracy_{name}" in evaluation
         },
+        "perplexity_before": before.get("eval_perplexity"),
+        "perplexity_after": evaluation.get("eval_perplexity"),
         "eval_rows": len(data.validation) if data.validation else 0,
         "num_experts": model.adapter_config.num_experts,
         "routing": _mean_routing(routing_rows),
@@ -235,8 +247,10 @@ def _mean_routing(rows: dict[str, dict]) -> dict[str, float]:
     return {n: round(sum(v) / len(v), 4) for n, v in values.items() if v}
 
 
-def next_command(folder: Path, data: ChoiceData) -> str:
+def next_command(folder: Path, data: ChoiceData | SFTData) -> str:
     """What to type next."""
+    if isinstance(data, SFTData):
+        return f'python launch/generate.py --adapter {folder} --chat --prompt "..."'
     if data.train[0].task and not data.label_words:
         return f"python launch/evaluate.py --adapter {folder}"
     kind = "--classify " if data.label_words else ""

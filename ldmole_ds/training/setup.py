@@ -24,6 +24,7 @@ from ldmole_ds.training.arguments import (
 from ldmole_ds.training.batch import BatchArguments, accumulation_steps, batch_size_warmup, scaled_learning_rate
 from ldmole_ds.training.data import ChoiceData, load_choice_data
 from ldmole_ds.training.runtime import agreed
+from ldmole_ds.training.sft import SFTData, is_sft_data, load_sft_data
 
 
 def resolve_ep_size(ep_size: str, num_experts: int, world_size: int, ranks_per_node: int) -> int:
@@ -87,15 +88,23 @@ def model_source(model: ModelArguments) -> dict[str, Any]:
     }
 
 
-def load_data(settings: dict[str, Any]) -> tuple[Any, ChoiceData]:
+def load_data(settings: dict[str, Any]) -> tuple[Any, ChoiceData | SFTData]:
     """Tokenizer and datasets, checked on every rank."""
     tokenizer = data = None
+    arguments = settings["data"]
     with agreed("tokenizer and data"):
         try:
             tokenizer = load_tokenizer(**model_source(settings["model"]))
         except RuntimeError as error:
             raise ValueError(str(error)) from error
-        data = load_choice_data(settings["data"], tokenizer)
+        sft = is_sft_data(arguments)
+        # One rank of each node tokenises; the others then find what it has written.
+        waits = sft and os.environ.get("LOCAL_RANK", "0") != "0"
+        if not waits:
+            data = load_sft_data(arguments, tokenizer) if sft else load_choice_data(arguments, tokenizer)
+    with agreed("data"):
+        if waits:
+            data = load_sft_data(arguments, tokenizer)
         if data.validation is None:
             settings["training"].eval_on_start = False
             if settings["training"].eval_strategy != "no":
@@ -122,9 +131,11 @@ def load_base(model: ModelArguments, training: LDMoLETrainingArguments) -> Any:
     )
 
 
-def build_model(base: Any, config: LDMoLEConfig, data: ChoiceData, settings: dict[str, Any]) -> LDMoLEModel:
+def build_model(base: Any, config: LDMoLEConfig, data: ChoiceData | SFTData, settings: dict[str, Any]) -> LDMoLEModel:
     """The wrapped model in the run's layout; adapters are float32 unless the engine is bf16 or fp16."""
     training, source = settings["training"], settings["model"]
+    if isinstance(data, SFTData):
+        data.check_positions(getattr(base.config, "max_position_embeddings", None))
     dtype = engine_dtype(training)
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
