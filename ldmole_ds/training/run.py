@@ -22,6 +22,7 @@ from ldmole_ds.training.arguments import LDMoLETrainingArguments, adapter_config
 from ldmole_ds.training.callbacks import GroupTimeoutCallback
 from ldmole_ds.training.data import ChoiceData
 from ldmole_ds.training.ds_config import check_ds_config, check_precision, read_ds_config
+from ldmole_ds.training.placement import gather_places, placement_table
 from ldmole_ds.training.preemption import EXIT_PREEMPTED
 from ldmole_ds.training.run_record import SETTINGS_NAME, check_output_folder, run_settings, write_json
 from ldmole_ds.training.runtime import UserError, agreed, is_main_process
@@ -39,8 +40,13 @@ def train(flags: Namespace) -> None:
             check_precision(ds_config, flags.deepspeed, bf16=flags.bf16, fp16=flags.fp16)
     except ValueError as error:
         raise UserError(f"--{error}") from error
-    device = runtime.start(use_deepspeed=bool(flags.deepspeed), timeout_s=int(flags.ddp_timeout))
+    device = runtime.start(
+        use_deepspeed=bool(flags.deepspeed),
+        timeout_s=int(flags.ddp_timeout),
+        network_interface=flags.network_interface,
+    )
     quiet_libraries()
+    places = gather_places()
     settings = build_settings(flags, device)
     training, layout = settings["training"], settings["layout"]
     folder = Path(training.output_dir)
@@ -52,7 +58,7 @@ def train(flags: Namespace) -> None:
     with agreed("model"):
         base = load_base(settings["model"], training)
     with agreed("adapter"):
-        model = build_model(base, config, data, settings)
+        model = build_model(base, config, data, settings, places)
     with agreed("trainer"):
         trainer = build_trainer(model, tokenizer, data, training)
     if is_main_process():
@@ -64,6 +70,7 @@ def train(flags: Namespace) -> None:
             run_settings(**record, adapter=model.adapter_config.to_dict(), resolved=resolved, seed=training.seed),
         )
         print(startup_table(model, data, training), flush=True)
+        print(placement_table(places, model.topology, model.adapter_config.num_experts), flush=True)
         if data.label_words:
             write_json(folder / "label_words.json", data.label_words)
     resume = "auto" if layout.resume == "auto" else _resume(training.resume_from_checkpoint)
