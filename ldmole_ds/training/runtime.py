@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ldmole_ds.distributed import PeerError
+from ldmole_ds.training.lost_peers import lost_peer
 from ldmole_ds.training.network import choose_interface
 from ldmole_ds.training.ranks import Ranks, discover_ranks, single_process
 
@@ -149,8 +150,10 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     except (FloatingPointError, PeerError) as error:
         print(f"error on rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
         leave(1)
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        if where := lost_peer(error):
+            print(f"error on rank {os.environ.get('RANK', '0')}: {where}", file=sys.stderr, flush=True)
         leave(1)
 
 
