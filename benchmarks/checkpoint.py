@@ -123,6 +123,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="times each form is saved and loaded")
     parser.add_argument("--output", type=Path, help="write the table here as well")
     arguments = parser.parse_args()
+    from benchmarks.checkpoint import measure  # ranks import it by this name
+
     with tempfile.TemporaryDirectory() as folder:
         setting = (arguments.stage, arguments.ep_size, arguments.repeats)
         found = run_distributed(measure, 2, folder, *setting, deepspeed=True, timeout_s=900)[0]

@@ -60,6 +60,12 @@ class ModelArguments:
     attn_implementation: str | None = _field(None, "eager, sdpa, flash_attention_2, ...; default: the model's own.")
     revision: str = _field("main", "Branch, tag or commit of a hub model.")
     trust_remote_code: bool = _field(False, "Run model code from the hub. Only for code you have read.")
+    adapter_name_or_path: str | None = _field(
+        None,
+        "Train on from this adapter (folder of a run, checkpoint or adapter, or hub id), with any --ep_size. It brings "
+        "its settings, and its base model unless --model_name_or_path is given.",
+    )
+    adapter_revision: str | None = _field(None, "Branch, tag or commit of an adapter on the hub.")
     token: str | None = _field(None, "Access token for gated hub models (default: the one stored by `hf auth login`).")
 
 
@@ -214,6 +220,9 @@ def parse_flags(argv: list[str], demo_defaults: dict | None = None) -> Namespace
 
     Raises:
         UserError: An unknown flag or setting, or a value of the wrong type.
+
+    Returns:
+        All values by name, and in ``given`` the names of those that flags, file or preset set.
     """
     parser = build_parser(all_flags="--help_all" in argv)
     parser.error = _raise_user_error
@@ -231,7 +240,15 @@ def parse_flags(argv: list[str], demo_defaults: dict | None = None) -> Namespace
     flags, rest = parser.parse_known_args(argv)
     if rest:
         raise UserError(f"unknown argument {' '.join(rest)}: see --help, or --help_all for Hugging Face's flags")
+    flags.given = _given(parser, argv) | _preset(flags.preset).keys()
     return flags
+
+
+def _given(parser: HfArgumentParser, argv: list[str]) -> frozenset[str]:
+    """Names of the flags that ``argv`` sets, in whatever spelling."""
+    unset = object()
+    parsed, _ = parser.parse_known_args(argv, Namespace(**{action.dest: unset for action in parser._actions}))
+    return frozenset(name for name, value in vars(parsed).items() if value is not unset)
 
 
 def _preset(name: str | None) -> dict:

@@ -186,6 +186,6 @@ class CheckpointMixin:
         if has_training_state(folder):
             load_state(model, optimizer, folder, self.deepspeed, weights_only=True)
         else:
-            adapter_io.load_adapter(model, folder)
+            adapter_io.load_state(model, adapter_io.read_adapter(folder), str(folder))
             if hasattr(optimizer, "refresh_fp32_params"):
                 optimizer.refresh_fp32_params()

@@ -57,7 +57,9 @@ class Ranks:
     master_port: int
 
     def __str__(self) -> str:
-        return f"{self.world_size} rank(s) from {self.source}, meeting at {self.master_addr}:{self.master_port}"
+        if self.world_size == 1:
+            return f"1 rank, {self.source}"
+        return f"{self.world_size} ranks from {self.source}, meeting at {self.master_addr}:{self.master_port}"
 
     def environment(self) -> dict[str, str]:
         """The variables that torch, accelerate and DeepSpeed read."""

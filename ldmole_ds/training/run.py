@@ -16,9 +16,12 @@ from transformers.utils import logging as hf_logging
 
 from ldmole_ds.checkpoint import CheckpointError
 from ldmole_ds.model import LDMoLEModel
+from ldmole_ds.model.adapter_io import load_state
 from ldmole_ds.training import report as reports
 from ldmole_ds.training import runtime
+from ldmole_ds.training.adapter_start import start_from_adapter
 from ldmole_ds.training.arguments import LDMoLETrainingArguments, adapter_config
+from ldmole_ds.training.batch import BatchSizeWarmup, batch_size_warmup
 from ldmole_ds.training.callbacks import GroupTimeoutCallback
 from ldmole_ds.training.data import ChoiceData
 from ldmole_ds.training.ds_config import check_ds_config, check_precision, read_ds_config
@@ -33,7 +36,7 @@ from ldmole_ds.training.trainer import LDMoLETrainer
 def train(flags: Namespace) -> None:
     """Run it. Collective: every rank calls it with the same flags."""
     try:
-        config = adapter_config(flags)
+        config, start = adapter_config(flags), None
         if flags.deepspeed:
             ds_config = read_ds_config(flags.deepspeed)
             check_ds_config(ds_config, flags.deepspeed)
@@ -47,6 +50,9 @@ def train(flags: Namespace) -> None:
     )
     quiet_libraries()
     places = gather_places()
+    if flags.adapter_name_or_path:
+        with agreed("starting adapter"):
+            config, start = start_from_adapter(flags)
     settings = build_settings(flags, device)
     training, layout = settings["training"], settings["layout"]
     folder = Path(training.output_dir)
@@ -59,8 +65,11 @@ def train(flags: Namespace) -> None:
         base = load_base(settings["model"], training)
     with agreed("adapter"):
         model = build_model(base, config, data, settings, places)
+        if start is not None:
+            load_state(model, start, source=flags.adapter_name_or_path)
     with agreed("trainer"):
-        trainer = build_trainer(model, tokenizer, data, training)
+        warmup = batch_size_warmup(settings["batch"])
+        trainer = build_trainer(model, tokenizer, data, training, warmup)
     if is_main_process():
         record = {name: group.to_dict() if name == "training" else asdict(group) for name, group in settings.items()}
         resolved = {"world_size": model.topology.world_size, "ep_size": model.topology.ep_size}
@@ -69,8 +78,10 @@ def train(flags: Namespace) -> None:
             folder / SETTINGS_NAME,
             run_settings(**record, adapter=model.adapter_config.to_dict(), resolved=resolved, seed=training.seed),
         )
-        print(startup_table(model, data, training), flush=True)
+        print(startup_table(model, data, training, warmup), flush=True)
         print(placement_table(places, model.topology, model.adapter_config.num_experts), flush=True)
+        if start is not None:
+            print(f"start     the weights of {flags.adapter_name_or_path}", flush=True)
         if data.label_words:
             write_json(folder / "label_words.json", data.label_words)
     resume = "auto" if layout.resume == "auto" else _resume(training.resume_from_checkpoint)
@@ -99,7 +110,11 @@ def choice_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def build_trainer(
-    model: LDMoLEModel, tokenizer: Any, data: ChoiceData, training: LDMoLETrainingArguments
+    model: LDMoLEModel,
+    tokenizer: Any,
+    data: ChoiceData,
+    training: LDMoLETrainingArguments,
+    warmup: BatchSizeWarmup | None = None,
 ) -> LDMoLETrainer:
     """The Trainer of a multiple-choice run."""
     return LDMoLETrainer(
@@ -112,10 +127,13 @@ def build_trainer(
         compute_metrics=choice_metrics,
         callbacks=[GroupTimeoutCallback()],
         single_token_choices=data.single_token,
+        batch_size_warmup=warmup,
     )
 
 
-def startup_table(model: LDMoLEModel, data: ChoiceData, training: LDMoLETrainingArguments) -> str:
+def startup_table(
+    model: LDMoLEModel, data: ChoiceData, training: LDMoLETrainingArguments, warmup: BatchSizeWarmup | None = None
+) -> str:
     """What is about to run, in a few lines."""
     topology, config = model.topology, model.adapter_config
     accumulation, micro = training.gradient_accumulation_steps, training.per_device_train_batch_size
@@ -124,17 +142,19 @@ def startup_table(model: LDMoLEModel, data: ChoiceData, training: LDMoLETraining
     projections = sum(len(g.members) for g in model.input_groups)
     rows = f"{len(data.train)} train" + (f", {len(data.validation)} held-out" if data.validation else "")
     cut = data.train.num_truncated
-    return "\n".join(
-        [
-            f"data      {rows} rows of {data.description}" + (f" ({cut} prompts cut to --max_length)" if cut else ""),
-            f"adapter   {config.router}, {config.num_experts} experts of rank {config.r} on {projections} projections "
-            f"in {len(model.input_groups)} input groups, {parameters['trainable']:,} trainable parameters",
-            f"layout    {topology.world_size} ranks, ep_size {topology.ep_size}: {held} of {config.num_experts} "
-            f"experts on each rank, expert_dispatch {model.expert_dispatch}",
-            f"batch     {micro} rows x {accumulation} accumulation x {topology.world_size} ranks = "
-            f"{micro * accumulation * topology.world_size} rows a step, learning rate {training.learning_rate:g}",
-        ]
-    )
+    full = micro * accumulation * topology.world_size
+    lines = [
+        f"data      {rows} rows of {data.description}" + (f" ({cut} prompts cut to --max_length)" if cut else ""),
+        f"adapter   {config.router}, {config.num_experts} experts of rank {config.r} on {projections} projections "
+        f"in {len(model.input_groups)} input groups, {parameters['trainable']:,} trainable parameters",
+        f"layout    {topology.world_size} ranks, ep_size {topology.ep_size}: {held} of {config.num_experts} "
+        f"experts on each rank, expert_dispatch {model.expert_dispatch}",
+        f"batch     {micro} rows x {accumulation} accumulation x {topology.world_size} ranks = "
+        f"{full} rows a step, learning rate {training.learning_rate:g}",
+    ]
+    if warmup is not None:
+        lines.append(f"warm-up   {warmup.describe(full)}")
+    return "\n".join(lines)
 
 
 def finish(

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ldmole_ds.distributed import PeerError
+from ldmole_ds.distributed.deepspeed_private import skip_shared_memory_op
 from ldmole_ds.training.lost_peers import lost_peer
 from ldmole_ds.training.network import choose_interface
 from ldmole_ds.training.ranks import Ranks, discover_ranks, single_process
@@ -43,6 +44,21 @@ def ranks_of_job() -> Ranks | None:
         raise UserError(str(error)) from error
 
 
+def join_network(ranks: Ranks | None, network_interface: str = "auto") -> str | None:
+    """Choose the network interface where ranks are on several hosts, or one is named; see `choose_interface`.
+
+    Raises:
+        UserError: There is no such interface.
+    """
+    on_one_host = ranks is None or ranks.local_world_size == ranks.world_size
+    if on_one_host and network_interface == "auto":
+        return None
+    try:
+        return choose_interface(network_interface, ranks.master_addr if ranks else "127.0.0.1")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def is_main_process() -> bool:
     """Whether this is global rank 0, also before communication is up."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -57,7 +73,7 @@ def start(*, use_deepspeed: bool, timeout_s: int = 1800, network_interface: str 
     Args:
         use_deepspeed: Whether a DeepSpeed config was given; without one a single process or plain DDP runs.
         timeout_s: Of every collective.
-        network_interface: See `choose_interface`; asked for where ranks are on several hosts, or when named.
+        network_interface: See `join_network`.
 
     Returns:
         The accelerator's name: cuda, cpu, ...
@@ -68,17 +84,11 @@ def start(*, use_deepspeed: bool, timeout_s: int = 1800, network_interface: str 
     ranks = ranks_of_job() or single_process()
     if use_deepspeed:
         os.environ.update(ranks.environment())
-    interface = None
-    if ranks.local_world_size < ranks.world_size or network_interface != "auto":
-        try:
-            interface = choose_interface(network_interface, ranks.master_addr)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    import deepspeed
+    interface = join_network(ranks, network_interface)
     from accelerate import PartialState
     from deepspeed.accelerator import get_accelerator
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    skip_shared_memory_op()
     accelerator = get_accelerator()
     name, backend = accelerator.device_name(), accelerator.communication_backend_name()
     world_size = ranks.world_size
@@ -92,17 +102,28 @@ def start(*, use_deepspeed: bool, timeout_s: int = 1800, network_interface: str 
     else:
         PartialState(cpu=name == "cpu")
     if is_main_process():
-        through = f" through {interface}" if interface else ""
+        through = f" through {interface} here" if interface else ""
         print(f"{ranks}{through}, accelerator {name}, backend {backend}", flush=True)
     return name
 
 
 def limit_group_timeouts(timeout_s: int) -> None:
-    """Give every process group the user's timeout: DeepSpeed makes its groups with torch's 30 minutes."""
+    """Give every process group the user's timeout: DeepSpeed makes its groups with torch's 30 minutes.
+
+    Raises:
+        RuntimeError: This torch has no such timeouts.
+    """
     from torch.distributed import distributed_c10d as c10d
 
-    for group in list(c10d._world.pg_map):
-        c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+    try:
+        groups, set_timeout = list(c10d._world.pg_map), c10d._set_pg_timeout
+    except AttributeError as error:
+        raise RuntimeError(
+            f"timeouts of process groups: this torch has changed ({error}); install one that this ldmole_ds is tested "
+            "with, see README.md"
+        ) from error
+    for group in groups:
+        set_timeout(timedelta(seconds=timeout_s), group)
 
 
 def stop() -> None:

@@ -87,7 +87,7 @@ def losses_of():
 
 
 def expect(output: str, source: str) -> None:
-    assert f"2 rank(s) from {source}, meeting at " in output, output[-4000:]
+    assert f"2 ranks from {source}, meeting at " in output, output[-4000:]
     assert "placement 2 ranks on 1 node, EP groups lie inside nodes" in output
 
 

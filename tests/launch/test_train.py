@@ -26,6 +26,9 @@ def run(tiny_model_folder, data_folder, tmp_path_factory):
         "max_steps": 6,
         "logging_steps": 2,
         "per_device_train_batch_size": 2,
+        "global_batch_size": 8,
+        "batch_size_warmup_start": 2,
+        "batch_size_warmup_steps": 2,
         "learning_rate": 5e-3,
         "lambda_hidden_size": 16,
         "sparsity_loss_weight": 0.1,
@@ -49,6 +52,8 @@ def test_experts_are_partitioned_and_tokens_travel(run):
     assert report["accuracy_before"] is not None and report["accuracy_after"] is not None
     assert "experts 0-3 (4 of 8)" in output and "experts 4-7 (4 of 8)" in output
     assert f"--adapter {folder} --classify" in output
+    assert "2 rows x 2 accumulation x 2 ranks = 8 rows a step" in output
+    assert "warm-up   2, 4 rows a step, 8 from step 3 on" in output
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 
 from ldmole_ds.model.adapter_io import gather_adapter_state
 from tests.distributed_utils import run_distributed
-from tests.training.trainer_runs import make_trainer
+from tests.training.trainer_runs import make_trainer, rows
 
 STEPS, SAVED_AT = 5, 2
 SETTINGS = {
@@ -71,6 +71,19 @@ def resume_on_ranks(rank, world_size, folder):
     return results
 
 
+def best_on_ranks(rank, world_size, folder):
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    results = []
+    for stage, ep_size in ((2, 2), (3, 1), (3, 2)):
+        AcceleratorState._reset_state()
+        results.append(best_model(f"{folder}/best-{stage}-{ep_size}", stage, ep_size))
+    return results
+
+
 def assert_same(whole, again):
     assert whole["steps"] == again["steps"] == STEPS
     assert list(whole["curve"]) == list(range(SAVED_AT + 1, STEPS + 1))
@@ -100,26 +113,38 @@ def test_the_limit_keeps_the_newest_and_the_best(tmp_path):
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{STEPS}"]
 
 
-def test_the_best_model_is_loaded_at_the_end(tmp_path):
-    rows = build(str(tmp_path / "x"), None, 1, 1).train_dataset
-    trainer = build(
-        str(tmp_path),
-        None,
-        1,
-        1,
-        save_steps=1,
-        save_total_limit=2,
-        eval_strategy="steps",
-        eval_steps=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=True,  # the worst one, which is not the last
-        eval_dataset=rows,
-        learning_rate=1e-2,
-    )
+BEST = {
+    "save_steps": 1,
+    "save_total_limit": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": True,  # the worst one, which is not the last
+    "learning_rate": 1e-2,
+}
+
+
+def best_model(folder, stage, ep_size):
+    trainer = build(folder, stage, ep_size, 1, eval_dataset=rows(), **BEST)
     trainer.train()
-    best = Path(trainer.state.best_model_checkpoint)
-    assert best.name != f"checkpoint-{STEPS}"
     losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
-    assert trainer.evaluate()["eval_loss"] == losses[int(best.name.split("-")[1])] == max(losses.values())
-    assert {p.name for p in tmp_path.glob("checkpoint-*")} == {best.name, f"checkpoint-{STEPS}"}
+    kept = {p.name for p in Path(folder).glob("checkpoint-*")}
+    return Path(trainer.state.best_model_checkpoint).name, losses, trainer.evaluate()["eval_loss"], kept
+
+
+def assert_best(best, losses, after, kept):
+    assert best != f"checkpoint-{STEPS}"
+    assert after == losses[int(best.split("-")[1])] == max(losses.values())
+    assert kept == {best, f"checkpoint-{STEPS}"}
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path):
+    assert_best(*best_model(str(tmp_path), None, 1))
+
+
+@pytest.mark.distributed
+def test_the_best_model_is_loaded_under_zero(tmp_path):
+    for results in run_distributed(best_on_ranks, 2, str(tmp_path), deepspeed=True, timeout_s=300):
+        for result in results:
+            assert_best(*result)
