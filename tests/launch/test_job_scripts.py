@@ -125,7 +125,7 @@ def test_pytorchjob():
         container = check_pod(spec["template"])
         assert container["name"] == "pytorch" and container["resources"]["limits"]["nvidia.com/gpu"] == 8
         words = shlex.split(container["args"][0])
-        assert words[:3] == ["torchrun", "--nnodes=4", "--nproc_per_node=8"]
+        assert words[:4] == ["exec", "torchrun", "--nnodes=4", "--nproc_per_node=8"]
         check_flags(words)
 
 
