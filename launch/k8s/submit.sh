@@ -16,7 +16,7 @@ CLAIM=${CLAIM:-ldmole-data}                               # a volume claim with 
 OUTPUT_DIR=${OUTPUT_DIR:-/data/runs/$NAME}                # on that volume: all ranks write checkpoints to it
 HF_HOME=${HF_HOME_IN_POD:-/data/huggingface}              # models and data sets, filled beforehand where pods are offline
 HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-0}                       # 1: take everything from there
-TRAIN_ARGS=${TRAIN_ARGS:---deepspeed ds_configs/zero2_bf16.json --bf16}
+TRAIN_ARGS=${TRAIN_ARGS---deepspeed ds_configs/zero2_bf16.json --bf16}
 # -------------------------------------------------------------------------------------------------------------------------
 
 kind=${1:-}

@@ -17,7 +17,7 @@ OUTPUT_DIR=${OUTPUT_DIR:-$REPO/runs/mpi}                  # shared by all hosts:
 HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}              # models and data sets, filled beforehand where hosts are offline
 HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-0}                       # 1: take everything from HF_HOME
 NETWORK=${NETWORK:-}                                      # MPI's own traffic, e.g. 10.0.0.0/24 or eth0; empty: MPI chooses
-TRAIN_ARGS=${TRAIN_ARGS:---deepspeed ds_configs/zero2_bf16.json --bf16 --resume auto}
+TRAIN_ARGS=${TRAIN_ARGS---deepspeed ds_configs/zero2_bf16.json --bf16}
 # -------------------------------------------------------------------------------------------------------------------------
 
 dry_run=
@@ -40,7 +40,7 @@ for name in PATH HF_HOME HF_HUB_OFFLINE TOKENIZERS_PARALLELISM HF_TOKEN MASTER_A
     [[ -n ${!name:-} ]] && command+=(-x "$name")
 done
 read -ra train_args <<< "$TRAIN_ARGS"
-command+=("$PYTHON" -u launch/train.py "${train_args[@]}" --output_dir "$OUTPUT_DIR" "$@")
+command+=("$PYTHON" -u launch/train.py ${train_args[@]+"${train_args[@]}"} --resume auto --output_dir "$OUTPUT_DIR" "$@")
 
 if [[ -n $dry_run ]]; then
     printf '%q ' "${command[@]}"
