@@ -20,11 +20,12 @@ import sys
 import time
 from pathlib import Path
 
-from orphans import watch_launchers
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch.orphans import watch_launchers
 
 if __name__ == "__main__":
     watch_launchers()
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldmole_ds.training.runtime import UserError, is_main_process, run_main
 
