@@ -21,7 +21,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-TIMEOUT_S, TOLERANCE, MOST_STEPS = 15, 1e-5, 30
+TIMEOUT_S, TOLERANCE, MOST_STEPS = 20, 1e-5, 30
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_experts_over_two_hosts_and_a_cut_link(hosts, start, tiny_model_folder, 
 
     launcher = [BIN / "deepspeed", "--hostfile", tmp_path / "hostfile", "--master_port", 29611]
     process, log = start("pdsh.txt", a.command(*map(str, [*launcher, *across, "--max_steps", 4000])))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while log.read_text().count("host-a: {'loss'") < 3:
         assert time.monotonic() < deadline and process.poll() is None, log.read_text()[-4000:]
         time.sleep(0.1)
@@ -96,7 +96,7 @@ def test_experts_over_two_hosts_and_a_cut_link(hosts, start, tiny_model_folder, 
     one = [sys.executable, *script, "--per_device_train_batch_size", 4, "--output_dir", tmp_path / "one",
            "--max_steps", MOST_STEPS, "--save_strategy", "no"]  # fmt: skip
     alone, alone_log = start("one.txt", one)
-    text = finish(process, log, TIMEOUT_S + 45)
+    text = finish(process, log, TIMEOUT_S + 60)
     seconds = time.monotonic() - cut
     b.set_link(True)
     assert process.returncode != 0
@@ -112,12 +112,12 @@ def test_experts_over_two_hosts_and_a_cut_link(hosts, start, tiny_model_folder, 
     exports = [word for name in ENVIRONMENT for word in ("-x", name)]
     words = a.command(*map(str, [*mpirun, *exports, sys.executable, *across, "--max_steps", total]))
     process, log = start("mpirun.txt", words)
-    text = finish(process, log, 120)
+    text = finish(process, log, 240)
     assert process.returncode == 0, text[-4000:]
     assert "2 ranks from Open MPI (rank 0's address from mpi4py), meeting at 10.213.7.1:" in text
     assert f"resuming from {folder / f'checkpoint-{saved}'}" in text
     assert json.loads((folder / "report.json").read_text())["steps"] == total
-    finish(alone, alone_log, 120)
+    finish(alone, alone_log, 240)
     assert alone.returncode == 0, alone_log.read_text()[-4000:]
     two, expected = history(folder), history(tmp_path / "one")
     assert two["step"] == list(range(1, total + 1))
