@@ -94,32 +94,14 @@ def load(args: argparse.Namespace):
     """The model, wrapped where there is an adapter, its tokenizer, and the adapter's folder."""
     import torch
 
-    from ldmole_ds import LDMoLEConfig, LDMoLEModel
-    from ldmole_ds.model.base_model import load_base_model, load_tokenizer
     from ldmole_ds.model.hub import adapter_folder
-    from ldmole_ds.tasks.demo import EMBEDDED, demo_model_file
+    from ldmole_ds.tasks.adapted_model import load_adapted
 
-    folder = config = None
-    if args.adapter is not None:
-        folder = adapter_folder(args.adapter, revision=args.adapter_revision)
-        config = LDMoLEConfig.from_pretrained(folder)
-    name, revision = args.model_name_or_path, args.revision
-    if name is None:
-        name, revision = config.base_model_name_or_path, revision or config.base_model_revision
-    if name is None:
-        raise ValueError("the adapter does not say which base model it belongs to: pass --model_name_or_path")
-    if name.startswith(EMBEDDED):
-        name = str(demo_model_file())
-    source = {"revision": revision or "main", "trust_remote_code": args.trust_remote_code}
+    folder = None if args.adapter is None else adapter_folder(args.adapter, revision=args.adapter_revision)
+    source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    model, tokenizer = load_adapted(folder, args.model_name_or_path, **source)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if folder is not None and (folder / "tokenizer_config.json").is_file():
-        tokenizer = load_tokenizer(str(folder))
-    else:
-        tokenizer = load_tokenizer(name, **source)
-    model = load_base_model(name, quantization=config.base_model_quantization if config else "none", **source)
-    if folder is not None:
-        model = LDMoLEModel.from_pretrained(model, folder)
-    return model.to(device).eval(), tokenizer, folder
+    return model.to(device), tokenizer, folder
 
 
 def classify(model, tokenizer, folder: Path, message: str) -> list[tuple[str, float]]:

@@ -58,6 +58,7 @@ class Flat:
         optimizer: The base optimizer.
         group: Its parameter group.
         runs: What the buffer holds; what lies between the runs is padding.
+        parameters: Those of its parameter group or sub-group, also where their elements are on other ranks.
     """
 
     weight: Tensor
@@ -65,6 +66,7 @@ class Flat:
     optimizer: torch.optim.Optimizer
     group: dict[str, Any]
     runs: list[Run]
+    parameters: list[nn.Parameter]
 
     @property
     def state(self) -> dict[str, Any]:
@@ -198,7 +200,7 @@ def _flats_of_stage_12(optimizer: Any) -> Iterator[Flat]:
             begin, end = max(at, first), min(at + param.numel(), first + master.numel())
             if begin < end:
                 runs.append(Run(param, begin - at, begin - first, end - begin))
-        yield Flat(master.detach(), master, optimizer.optimizer, groups[i], runs)
+        yield Flat(master.detach(), master, optimizer.optimizer, groups[i], runs, list(optimizer.bit16_groups[i]))
 
 
 def _flats_of_stage_3(optimizer: Any) -> Iterator[Flat]:
@@ -220,7 +222,9 @@ def _flats_of_stage_3(optimizer: Any) -> Iterator[Flat]:
             if real > 0:
                 runs.append(Run(param, start, offset, real))
             offset += numel
-        yield Flat(master.detach(), master, optimizer.optimizer, groups[optimizer.sub_group_to_group_id[i]], runs)
+        yield Flat(
+            master.detach(), master, optimizer.optimizer, groups[optimizer.sub_group_to_group_id[i]], runs, list(params)
+        )
 
 
 def _flats_of_torch(optimizer: Any) -> Iterator[Flat]:
@@ -234,4 +238,4 @@ def _flats_of_torch(optimizer: Any) -> Iterator[Flat]:
         optimizer = inner
     for group in optimizer.param_groups:
         for param in group["params"]:
-            yield Flat(param.data.view(-1), param, optimizer, group, [Run(param, 0, 0, param.numel())])
+            yield Flat(param.data.view(-1), param, optimizer, group, [Run(param, 0, 0, param.numel())], [param])

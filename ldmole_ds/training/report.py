@@ -66,6 +66,9 @@ def format_report(report: dict[str, Any]) -> str:
         lines.append(
             ("held-out accuracy", f"{_percent(before)} before -> {after:.3f} after ({report['eval_rows']} rows)")
         )
+    if report["accuracy_by_task"]:
+        of_tasks = ", ".join(f"{name} {value:.3f}" for name, value in report["accuracy_by_task"].items())
+        lines.append(("mean of", of_tasks))
     routing = report["routing"]
     if routing:
         lines.append(("experts per token", f"{routing['experts_per_token']:.2f} of {report['num_experts']}"))

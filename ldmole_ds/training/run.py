@@ -6,6 +6,7 @@ import logging
 import time
 import warnings
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from transformers.utils import logging as hf_logging
 from ldmole_ds.checkpoint import CheckpointError
 from ldmole_ds.model import LDMoLEModel
 from ldmole_ds.model.adapter_io import load_state
+from ldmole_ds.tasks import TASKS, ChoiceDataset
+from ldmole_ds.tasks.metrics import task_metrics
 from ldmole_ds.training import report as reports
 from ldmole_ds.training import runtime
 from ldmole_ds.training.adapter_start import start_from_adapter
@@ -102,11 +105,16 @@ def quiet_libraries() -> None:
         hf_logging.disable_progress_bar()
 
 
-def choice_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy of the highest score, and its standard error."""
-    correct = np.argmax(prediction.predictions, axis=-1) == prediction.label_ids
-    accuracy = float(np.mean(correct))
-    return {"accuracy": accuracy, "accuracy_stderr": float(np.sqrt(accuracy * (1 - accuracy) / len(correct)))}
+def choice_metrics(validation: ChoiceDataset | None) -> Callable[[EvalPrediction], dict[str, float]]:
+    """What the Trainer calls after each evaluation: `task_metrics` of the held-out rows, whose order it keeps."""
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        if prediction.label_ids.tolist() != [question.gold for question in validation.questions]:
+            raise ValueError("the answers are not those of the held-out rows in their order")
+        tasks = [question.task for question in validation.questions]
+        return task_metrics(tasks, np.argmax(prediction.predictions, axis=-1), prediction.label_ids)
+
+    return metrics
 
 
 def build_trainer(
@@ -124,7 +132,7 @@ def build_trainer(
         eval_dataset=data.validation,
         data_collator=data.collator,
         processing_class=tokenizer,
-        compute_metrics=choice_metrics,
+        compute_metrics=choice_metrics(data.validation),
         callbacks=[GroupTimeoutCallback()],
         single_token_choices=data.single_token,
         batch_size_warmup=warmup,
@@ -199,6 +207,9 @@ def finish(
         "tokens_per_second": trainer.tokens_timed / max(trainer.train_seconds, 1e-9),
         "accuracy_before": before,
         "accuracy_after": evaluation.get("eval_accuracy"),
+        "accuracy_by_task": {
+            name: evaluation[f"eval_accuracy_{name}"] for name in TASKS if f"eval_accuracy_{name}" in evaluation
+        },
         "eval_rows": len(data.validation) if data.validation else 0,
         "num_experts": model.adapter_config.num_experts,
         "routing": _mean_routing(routing_rows),
@@ -229,6 +240,8 @@ def _mean_routing(rows: dict[str, dict]) -> dict[str, float]:
 
 def next_command(folder: Path, data: ChoiceData) -> str:
     """What to type next."""
+    if data.train[0].task and not data.label_words:
+        return f"python launch/evaluate.py --adapter {folder}"
     kind = "--classify " if data.label_words else ""
     prompt = "my card was declined at the grocery store" if data.label_words else "Question: ..."
     return f'python launch/generate.py --adapter {folder} {kind}--prompt "{prompt}"'

@@ -63,7 +63,7 @@ def build_settings(flags: Namespace, device: str) -> dict[str, Any]:
         overrides["use_cpu"] = True
     if flags.output_dir is None:
         overrides["output_dir"] = "runs/train"
-    if flags.max_eval_samples is None and not (flags.validation_file or flags.dataset_name):
+    if flags.max_eval_samples is None and not (flags.validation_file or flags.dataset_name or flags.task):
         overrides.update(eval_on_start=False)
     with agreed("training arguments"):
         batch, world_size = build(flags, BatchArguments), dist.get_world_size() if dist.is_initialized() else 1

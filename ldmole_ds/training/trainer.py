@@ -25,7 +25,7 @@ from ldmole_ds.training.checkpointing import CheckpointableCallback, CheckpointM
 from ldmole_ds.training.checks import check_trainable
 from ldmole_ds.training.preemption import PreemptionCallback
 
-_CHOICE_FIELDS = ("candidate_ids", "gold", "prompt_length")
+_CHOICE_FIELDS = ("candidate_ids", "candidate_lengths", "gold", "prompt_length")
 
 
 class LDMoLETrainer(CheckpointMixin, BatchWarmupLoop):
