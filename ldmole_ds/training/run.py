@@ -31,6 +31,7 @@ from ldmole_ds.training.data import ChoiceData
 from ldmole_ds.training.ds_config import check_ds_config, check_precision, read_ds_config
 from ldmole_ds.training.metrics_file import MetricsFileCallback
 from ldmole_ds.training.packing_check import PackingCheckCallback
+from ldmole_ds.training.placement import gather_places, placement_table
 from ldmole_ds.training.preemption import EXIT_PREEMPTED
 from ldmole_ds.training.run_record import SETTINGS_NAME, check_output_folder, run_settings, write_json
 from ldmole_ds.training.runtime import UserError, agreed, is_main_process
@@ -49,8 +50,13 @@ def train(flags: Namespace) -> None:
             check_precision(ds_config, flags.deepspeed, bf16=flags.bf16, fp16=flags.fp16)
     except ValueError as error:
         raise UserError(f"--{error}") from error
-    device = runtime.start(use_deepspeed=bool(flags.deepspeed), timeout_s=int(flags.ddp_timeout))
+    device = runtime.start(
+        use_deepspeed=bool(flags.deepspeed),
+        timeout_s=int(flags.ddp_timeout),
+        network_interface=flags.network_interface,
+    )
     quiet_libraries()
+    places = gather_places()
     if flags.adapter_name_or_path:
         with agreed("starting adapter"):
             config, start = start_from_adapter(flags)
@@ -65,7 +71,7 @@ def train(flags: Namespace) -> None:
     with agreed("model"):
         base = load_base(settings["model"], training)
     with agreed("adapter"):
-        model = build_model(base, config, data, settings)
+        model = build_model(base, config, data, settings, places)
         if start is not None:
             load_state(model, start, source=flags.adapter_name_or_path)
     with agreed("trainer"):
@@ -80,6 +86,7 @@ def train(flags: Namespace) -> None:
             run_settings(**record, adapter=model.adapter_config.to_dict(), resolved=resolved, seed=training.seed),
         )
         print(startup_table(model, data, training, warmup), flush=True)
+        print(placement_table(places, model.topology, model.adapter_config.num_experts), flush=True)
         if start is not None:
             print(f"start     the weights of {flags.adapter_name_or_path}", flush=True)
         if data.label_words:

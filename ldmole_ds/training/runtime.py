@@ -6,8 +6,8 @@ CPU run under DeepSpeed would believe on every rank to be the only process.
 
 from __future__ import annotations
 
+import functools
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,60 +19,44 @@ import torch.distributed as dist
 
 from ldmole_ds.distributed import PeerError
 from ldmole_ds.distributed.deepspeed_private import skip_shared_memory_op
+from ldmole_ds.training.lost_peers import lost_peer
+from ldmole_ds.training.network import choose_interface
+from ldmole_ds.training.ranks import Ranks, discover_ranks, single_process
 
 # What users can get wrong, and our own clear sentences; anything else keeps its traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError, NotImplementedError, ImportError)
-
-_LAUNCHER_VARIABLES = {
-    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-}
-# Ranks on this node. accelerate knows Open MPI's name and torchrun's LOCAL_WORLD_SIZE, and with neither may set 1.
-_LOCAL_SIZES = ("LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 
 class UserError(Exception):
     """A message for the user: printed as one line, without a traceback, on every rank's exit."""
 
 
-def discover_ranks(use_deepspeed: bool = True) -> str:
-    """Fill RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT from what the launcher exports.
+@functools.cache
+def ranks_of_job() -> Ranks | None:
+    """This process's place, as its launcher says, written into the environment; None without a launcher.
 
-    A single process without DeepSpeed needs none of them and is left alone.
-
-    Returns:
-        Where the ranks came from.
+    Raises:
+        UserError: What the launcher exports is incomplete.
     """
-    source = "deepspeed or torchrun"
-    if "RANK" not in os.environ:
-        source = "a single process"
-        for launcher, names in _LAUNCHER_VARIABLES.items():
-            # Slurm sets its variables in interactive shells too: a job step of one task is one process.
-            if all(name in os.environ for name in names) and int(os.environ[names[1]]) > 1:
-                for ours, theirs in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), names, strict=True):
-                    os.environ[ours] = os.environ[theirs]
-                source = launcher
-                if "MASTER_ADDR" not in os.environ and launcher != "Open MPI":
-                    raise UserError(f"{launcher} started {os.environ['WORLD_SIZE']} ranks, but MASTER_ADDR is not set")
-                break
-        else:
-            if not use_deepspeed:
-                return source
-            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-            os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
-    os.environ.setdefault("LOCAL_RANK", "0")
-    for name in _LOCAL_SIZES:
-        if name in os.environ:
-            os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ[name])
-    return source
+    try:
+        return discover_ranks()
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+def join_network(ranks: Ranks | None, network_interface: str = "auto") -> str | None:
+    """Choose the network interface where ranks are on several hosts, or one is named; see `choose_interface`.
+
+    Raises:
+        UserError: There is no such interface.
+    """
+    on_one_host = ranks is None or ranks.local_world_size == ranks.world_size
+    if on_one_host and network_interface == "auto":
+        return None
+    try:
+        return choose_interface(network_interface, ranks.master_addr if ranks else "127.0.0.1")
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def is_main_process() -> bool:
@@ -80,7 +64,7 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def start(*, use_deepspeed: bool, timeout_s: int = 1800) -> str:
+def start(*, use_deepspeed: bool, timeout_s: int = 1800, network_interface: str = "auto") -> str:
     """Bring up communication through the accelerator that DeepSpeed found, and the accelerate state.
 
     DeepSpeed's shared-memory op for CPU is switched off first: training does not use it, and building it would need a
@@ -89,20 +73,27 @@ def start(*, use_deepspeed: bool, timeout_s: int = 1800) -> str:
     Args:
         use_deepspeed: Whether a DeepSpeed config was given; without one a single process or plain DDP runs.
         timeout_s: Of every collective.
+        network_interface: See `join_network`.
 
     Returns:
         The accelerator's name: cuda, cpu, ...
+
+    Raises:
+        UserError: What the launcher exports is incomplete, or there is no such interface.
     """
-    source = discover_ranks(use_deepspeed)
+    ranks = ranks_of_job() or single_process()
+    if use_deepspeed:
+        os.environ.update(ranks.environment())
+    interface = join_network(ranks, network_interface)
     from accelerate import PartialState
     from deepspeed.accelerator import get_accelerator
 
     skip_shared_memory_op()
     accelerator = get_accelerator()
     name, backend = accelerator.device_name(), accelerator.communication_backend_name()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = ranks.world_size
     if name == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
     if use_deepspeed:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         PartialState(backend=backend, timeout=timedelta(seconds=timeout_s))
@@ -111,7 +102,8 @@ def start(*, use_deepspeed: bool, timeout_s: int = 1800) -> str:
     else:
         PartialState(cpu=name == "cpu")
     if is_main_process():
-        print(f"{world_size} rank(s) from {source}, accelerator {name}, backend {backend}", flush=True)
+        through = f" through {interface} here" if interface else ""
+        print(f"{ranks}{through}, accelerator {name}, backend {backend}", flush=True)
     return name
 
 
@@ -170,6 +162,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     its peers hang in a collective would wait for them.
     """
     try:
+        ranks_of_job()  # before anything can go wrong: only rank 0 speaks
         main(sys.argv[1:])
     except UserError as error:
         if is_main_process():
@@ -178,8 +171,10 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     except (FloatingPointError, PeerError) as error:
         print(f"error on rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
         leave(1)
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        if where := lost_peer(error):
+            print(f"error on rank {os.environ.get('RANK', '0')}: {where}", file=sys.stderr, flush=True)
         leave(1)
 
 

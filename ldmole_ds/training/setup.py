@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,19 +23,26 @@ from ldmole_ds.training.arguments import (
 )
 from ldmole_ds.training.batch import BatchArguments, accumulation_steps, batch_size_warmup, scaled_learning_rate
 from ldmole_ds.training.data import ChoiceData, load_choice_data
+from ldmole_ds.training.placement import Place, fits_in_nodes
 from ldmole_ds.training.runtime import agreed
 from ldmole_ds.training.sft import SFTData, is_sft_data, load_sft_data
 
 
-def resolve_ep_size(ep_size: str, num_experts: int, world_size: int, ranks_per_node: int) -> int:
-    """``auto``: the largest number that divides experts, ranks and the ranks of one node.
+def resolve_ep_size(ep_size: str, num_experts: int, places: Sequence[Place]) -> int:
+    """``auto``: the largest number that divides experts and ranks and keeps each EP group on one host.
+
+    Args:
+        ep_size: ``auto`` or a number.
+        num_experts: E.
+        places: Of every rank, by rank.
 
     Raises:
         ValueError: Not a number; or it does not divide ranks or experts.
     """
+    world_size = len(places)
     if ep_size == "auto":
-        node = ranks_per_node if world_size % ranks_per_node == 0 else 1
-        return next(p for p in range(node, 0, -1) if not (num_experts % p or world_size % p or node % p))
+        dividing = [p for p in range(world_size, 0, -1) if not (num_experts % p or world_size % p)]
+        return next(p for p in dividing if fits_in_nodes(p, places))
     if not ep_size.isdigit() or int(ep_size) < 1:
         raise ValueError(f"--ep_size must be auto or a whole number of at least 1, got {ep_size!r}")
     size = int(ep_size)
@@ -131,15 +138,15 @@ def load_base(model: ModelArguments, training: LDMoLETrainingArguments) -> Any:
     )
 
 
-def build_model(base: Any, config: LDMoLEConfig, data: ChoiceData | SFTData, settings: dict[str, Any]) -> LDMoLEModel:
+def build_model(
+    base: Any, config: LDMoLEConfig, data: ChoiceData | SFTData, settings: dict[str, Any], places: Sequence[Place]
+) -> LDMoLEModel:
     """The wrapped model in the run's layout; adapters are float32 unless the engine is bf16 or fp16."""
     training, source = settings["training"], settings["model"]
     if isinstance(data, SFTData):
         data.check_positions(getattr(base.config, "max_position_embeddings", None))
     dtype = engine_dtype(training)
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    ep_size = resolve_ep_size(settings["layout"].ep_size, config.num_experts, world_size, ranks_per_node)
+    ep_size = resolve_ep_size(settings["layout"].ep_size, config.num_experts, places)
     if settings["layout"].ep_size == "auto" and not training.deepspeed:
         ep_size = 1
     name = source.model_name_or_path or f"{EMBEDDED}{demo_model_file().name}"

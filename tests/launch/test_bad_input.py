@@ -7,7 +7,6 @@ import pytest
 from ldmole_ds.training.arguments import build_parser, parse_flags
 from ldmole_ds.training.run import train
 from ldmole_ds.training.runtime import UserError
-from ldmole_ds.training.setup import resolve_ep_size
 
 
 @pytest.fixture
@@ -120,15 +119,6 @@ def test_a_settings_file_is_overridden_by_flags(tmp_path):
     path.write_text(json.dumps({"r": 4, "num_experts": 16, "target_modules": ["q_proj", "v_proj"], "bf16": True}))
     flags = parse_flags([str(path), "--r", "32"], {"num_experts": 2, "output_dir": "runs/demo"})
     assert (flags.r, flags.num_experts, flags.target_modules, flags.bf16) == (32, 16, ["q_proj", "v_proj"], True)
-
-
-def test_ep_size_auto_stays_inside_a_node():
-    assert resolve_ep_size("auto", num_experts=8, world_size=16, ranks_per_node=8) == 8
-    assert resolve_ep_size("auto", num_experts=8, world_size=12, ranks_per_node=6) == 2
-    assert resolve_ep_size("auto", num_experts=1, world_size=4, ranks_per_node=4) == 1
-    assert resolve_ep_size("auto", num_experts=6, world_size=4, ranks_per_node=4) == 2
-    with pytest.raises(ValueError, match="--num_experts 8 is not divisible by --ep_size 3"):
-        resolve_ep_size("3", num_experts=8, world_size=3, ranks_per_node=3)
 
 
 def test_help_is_grouped_and_shows_defaults():

@@ -1,0 +1,1 @@
+"""Commands, and what they share. Not part of the installed package."""
