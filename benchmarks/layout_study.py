@@ -108,10 +108,10 @@ def study() -> dict[tuple, dict[str, Estimate | None]]:
     cells = {}
     for base, hf_config in BASES.items():
         traced = {"micro": MICRO, "length": LENGTH, "dtype": torch.bfloat16, "checkpointing": True}
-        few, more = (trace_step(hf_config, adapter(e), **traced) for e in (8, 32))
+        few, more = (trace_step(hf_config, adapter(e), **traced) for e in (8, 16))
         for num_experts in EXPERTS:
             shape = shape_of_config(hf_config, adapter(num_experts))
-            trace = Continued(few, more, (num_experts - 8) / 24)
+            trace = Continued(few, more, (num_experts - 8) / 8)
             for num_gpus, skew in product(GPUS, (1.0, SKEW)):
                 cells[base, num_experts, num_gpus, skew] = best_of_modes(
                     base, num_experts, num_gpus, skew, shape, trace

@@ -31,7 +31,7 @@ class PhaseCost:
     seconds: float
 
 
-def expected_rows(shape: ModelShape, group: GroupShape, tokens: int, ep_size: int, routing: Routing) -> float:
+def expected_rows(group: GroupShape, tokens: int, ep_size: int, routing: Routing) -> float:
     """Rows that a rank sends in a dispatch of this group, T f."""
     visits = routing.remote_ranks
     if visits is None:
@@ -62,7 +62,7 @@ def expert_phases(
         before = total.get(name, Phase(0, 0))
         total[name] = Phase(before.calls + calls, before.bytes + num_bytes)
 
-    p, steps, kept = layout.ep_size, batch.accumulation, _keeps_gathered(layout, batch)
+    p, steps, kept = layout.ep_size, batch.accumulation, keeps_gathered(layout, batch)
     recomputed = 2 if layout.checkpointing else 1
     for index, (group, (sent, received)) in enumerate(zip(shape.groups, rows, strict=True)):
         if not shape.is_partitioned(group, p):
@@ -106,7 +106,7 @@ def communication(
     """
     found: dict[str, PhaseCost] = {}
     if layout.ep_size > 1:
-        expected = [expected_rows(shape, g, batch.tokens, layout.ep_size, routing) for g in shape.groups]
+        expected = [expected_rows(g, batch.tokens, layout.ep_size, routing) for g in shape.groups]
         rows = [(n, n) for n in expected]
         link = cluster.exchange_link(layout.ep_size)
         slow = routing.skew if layout.dispatch == "tokens" else 1.0
@@ -117,7 +117,8 @@ def communication(
     return found
 
 
-def _keeps_gathered(layout: Layout, batch: Batch) -> bool:
+def keeps_gathered(layout: Layout, batch: Batch) -> bool:
+    """Whether gathered experts stay for the other micro-steps of an optimizer step."""
     return batch.accumulation > 1 and layout.zero_stage < 3
 
 

@@ -50,7 +50,7 @@ def compute_seconds(
         if layout.dispatch != "tokens" or not shape.is_partitioned(group, layout.ep_size):
             continue
         args, local = (device, precision.adapter, passes), group.num_experts // layout.ep_size
-        rows = routing.skew * expected_rows(shape, group, batch.tokens, layout.ep_size, routing)
+        rows = routing.skew * expected_rows(group, batch.tokens, layout.ep_size, routing)
         micro -= expert_seconds(shape, group, batch.tokens, group.num_experts, *args)
         micro += expert_seconds(shape, group, batch.tokens, local, *args)
         micro += expert_seconds(shape, group, rows, local, *args)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from ldmole_ds.planner.communication import ZERO3_LIVE_PARAMETERS, expected_rows
+from ldmole_ds.planner.communication import ZERO3_LIVE_PARAMETERS, expected_rows, keeps_gathered
 from ldmole_ds.planner.layout import Batch, Layout, Precision, Routing
 from ldmole_ds.planner.model_shape import ModelShape
 
@@ -88,9 +88,10 @@ def memory_per_rank(
 def _dispatch(shape: ModelShape, layout: Layout, batch: Batch, item: int, routing: Routing, all_here: bool) -> float:
     """Bytes beyond the traced step, in which all experts were here and no row came from elsewhere.
 
-    Every group keeps its rows until its backward; under checkpointing or chunks the largest group's are the only ones.
+    Every group keeps its rows, or a copy of the gathered experts, until its backward; under checkpointing or chunks the
+    largest group's are the only ones. What micro-steps share stays as well.
     """
-    p, kept, passing = layout.ep_size, [], []
+    p, kept, passing, stays = layout.ep_size, [], [], 0.0
     for group in shape.groups:
         if not shape.is_partitioned(group, p):
             continue
@@ -98,9 +99,10 @@ def _dispatch(shape: ModelShape, layout: Layout, batch: Batch, item: int, routin
         values = group.num_experts * shape.expert_parameters(group)
         if layout.dispatch == "weights":
             kept.append(values * item)
+            stays += values * item if keeps_gathered(layout, batch) else 0.0
             passing.append(values * item)  # their gradient, until it is reduced
             continue
-        rows = routing.skew * expected_rows(shape, group, batch.tokens, p, routing)
+        rows = routing.skew * expected_rows(group, batch.tokens, p, routing)
         rows = min(rows, (p - 1) * batch.tokens)
         if all_here:
             rows = (p - 1) * batch.tokens
@@ -114,4 +116,4 @@ def _dispatch(shape: ModelShape, layout: Layout, batch: Batch, item: int, routin
     if not kept:
         return 0.0
     one_at_a_time = layout.checkpointing or (layout.chunk_tokens and layout.dispatch == "tokens")
-    return (max(kept) if one_at_a_time else sum(kept)) + max(passing)
+    return stays + (max(kept) if one_at_a_time else sum(kept)) + max(passing)

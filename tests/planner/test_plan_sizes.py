@@ -85,9 +85,9 @@ def test_memory_of_each_stage():
 
 
 def test_dispatch_buffers_expected_and_worst():
-    def dispatch(layout, **routing):
+    def dispatch(layout, accumulation=1, **routing):
         found = memory_per_rank(
-            shape(), layout, Batch(2, 10), 4, Precision(), Routing(**{"active_experts": 4, **routing}), 0
+            shape(), layout, Batch(2, 10, accumulation), 4, Precision(), Routing(**{"active_experts": 4, **routing}), 0
         )
         return found.dispatch, found.worst_dispatch
 
@@ -99,6 +99,7 @@ def test_dispatch_buffers_expected_and_worst():
     _, bounded = dispatch(Layout(4, 2, "tokens", chunk_tokens=5), remote_ranks=1.5)
     assert bounded == 4 * (15 * (10 + 2 * (2 + 2)) - elsewhere + 15 * 20)
     assert dispatch(Layout(4, 2, "weights")) == (2 * 4 * 240, 2 * 4 * 240)
+    assert dispatch(Layout(4, 2, "weights"), accumulation=2) == (3 * 4 * 240, 3 * 4 * 240)
     assert dispatch(Layout()) == (0, 0)
 
 
