@@ -186,7 +186,7 @@ def draw_times(cells: dict, path: Path, num_gpus: int = 64) -> None:
         axis.set_xticks(EXPERTS, EXPERTS)
         axis.set_title(f"{base} base, {num_gpus} GPUs, best layout of each kind")
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, loc="upper left")
     figure.suptitle("modelled")
     figure.tight_layout()
     figure.savefig(path, dpi=80)
@@ -221,14 +221,6 @@ def main() -> None:
     text = head + begin + table(cells, 64) + "\n" + end + rest.split(end)[1]
     (ROOT / "docs" / "layout_study.md").write_text(text, encoding="utf-8")
     print(table(cells, 64))
-    print(table(cells, 8))
-    for base, skew in product(BASES, (1.0, SKEW)):
-        print(base, skew)
-        for e in EXPERTS:
-            print(
-                f"{e:5d}",
-                " ".join(f"{winner(cells[base, e, n, skew])[:3]}:{label(cells[base, e, n, skew])!r:>16}" for n in GPUS),
-            )
 
 
 if __name__ == "__main__":
