@@ -12,6 +12,9 @@ from ldmole_ds.planner.trace import StepTrace, op_seconds
 # AdamW reads weight, gradient and two moments and writes three of them; the engine copies the gradient in and the
 # weight out: values moved per parameter.
 _OPTIMIZER_VALUES = 11
+# Operations of DeepSpeed's engine for each trainable tensor: hooks, copies into buckets, norms, updates. Measured with
+# version 0.19 (benchmarks/plan_accuracy.py, small); an asynchronous device does not wait for them.
+_ENGINE_OPS = 25
 
 
 def expert_seconds(
@@ -61,4 +64,5 @@ def compute_seconds(
     owned = dense + experts
     if layout.zero_stage:
         owned = dense / world_size + experts / (world_size // layout.ep_size)
-    return batch.accumulation * micro, 4.0 * _OPTIMIZER_VALUES * owned / device.bandwidth
+    engine = 0.0 if device.asynchronous else _ENGINE_OPS * shape.tensors * device.op_seconds
+    return batch.accumulation * micro, engine + 4.0 * _OPTIMIZER_VALUES * owned / device.bandwidth

@@ -35,6 +35,7 @@ class ModelShape:
         saved_parameters: Trained in full (``modules_to_save``).
         linear_parameters: Frozen weights that ``--quantization`` packs.
         other_parameters: All other frozen weights.
+        tensors: Trainable tensors on a rank.
         hidden_size: Of the model's configuration.
         num_layers: Of the model's configuration.
     """
@@ -47,6 +48,7 @@ class ModelShape:
     saved_parameters: int
     linear_parameters: int
     other_parameters: int
+    tensors: int
     hidden_size: int
     num_layers: int
 
@@ -151,6 +153,9 @@ def shape_of(base: nn.Module, config: LDMoLEConfig) -> ModelShape:
         saved_parameters=sum(saved.values()),
         linear_parameters=linear,
         other_parameters=total - sum(saved.values()) - linear,
+        tensors=len(saved)
+        + sum(len(group.out_features) + 1 + router.uses_gate for group in groups)
+        + 4 * len(mlp_inputs) * router.uses_lambda,
         hidden_size=base.config.hidden_size,
         num_layers=base.config.num_hidden_layers,
     )

@@ -33,6 +33,7 @@ def test_parameters_of_every_family(family):
     made = get_ldmole_model(meta_model(family), config)
     counted = made.num_parameters_by_kind()
     assert (found.trainable, found.frozen) == (counted["trainable"], counted["base"])
+    assert found.tensors == sum(p.requires_grad for p in made.parameters())
     assert [g.out_features for g in found.groups] == [g.out_features for g in made.input_groups]
 
 
