@@ -50,7 +50,7 @@ from ldmole_ds.planner.communication import expert_phases  # noqa: E402
 from ldmole_ds.training.run_record import versions  # noqa: E402
 from tests.distributed_utils import run_distributed  # noqa: E402
 
-STEPS, WARM = 7, 2
+STEPS, WARM = 5, 1
 TIME_BAR = 0.25
 
 
@@ -62,7 +62,7 @@ def _llama(hidden: int, inner: int, layers: int, heads: int, vocabulary: int) ->
 # Base, adapter, rows and tokens of a micro-step.
 MODELS = {
     "small": (_llama(64, 96, 2, 4, 128), LDMoLEConfig(r=4, lambda_hidden_size=16, lora_dropout=0.0), 4, 32),
-    "mid": (_llama(512, 1536, 6, 8, 8192), LDMoLEConfig(r=8, lambda_hidden_size=128, lora_dropout=0.0), 4, 64),
+    "mid": (_llama(384, 1024, 4, 6, 4096), LDMoLEConfig(r=8, lambda_hidden_size=128, lora_dropout=0.0), 4, 64),
 }
 
 
@@ -306,7 +306,7 @@ def row(case: Case, world_size: int, delay: float, figures: dict, planned: dict)
 
 HEAD = (
     "| ranks | delay | case | trainable | sent by rank 0, MB | parameters, calls, bytes | planned, ms | "
-    "fastest of seven (median), ms | time | activations and dispatch |\n|" + " --- |" * 10
+    "fastest of five (median), ms | time | activations and dispatch |\n|" + " --- |" * 10
 )
 
 
@@ -344,12 +344,12 @@ def main() -> None:
         [
             "# The planner against measurement",
             "",
-            "`launch/plan.py` against DeepSpeed steps of two Llamas (hidden 64 with 2 layers; hidden 512 with 6), "
+            "`launch/plan.py` against DeepSpeed steps of two Llamas (hidden 64 with 2 layers; hidden 384 with 4), "
             "8 experts on every projection, float32. Reproduce: `python benchmarks/plan_accuracy.py --delay_ms 1`.",
             "",
             f"{exact} of {len(lines)} cases have exact parameters, calls and bytes (given the rows that were "
             f"dispatched); {close} of {len(lines)} step times are within {100 * TIME_BAR:.0f} %, the others are bold. "
-            "A step takes as long as its slowest rank; the fastest of seven is compared, as other work on the machine "
+            "A step takes as long as its slowest rank; the fastest of five is compared, as other work on the machine "
             "only adds. The last column compares the bytes alive at the peak of forward and backward, counted tensor "
             "by tensor.",
             "",
