@@ -41,8 +41,9 @@ def measure(rank: int, world_size: int, folder: str, stage: int, ep_size: int, r
     import torch.distributed as dist
 
     from ldmole_ds import LDMoLEConfig, get_ldmole_model, ldmole_param_groups
-    from ldmole_ds.model.base_model import demo_model_file, load_base_model
+    from ldmole_ds.model.base_model import load_base_model
     from ldmole_ds.model.training_state import load_checkpoint, save_checkpoint, save_state
+    from ldmole_ds.tasks import demo_model_file
 
     path = demo_model_file()
     model = get_ldmole_model(load_base_model(str(path), dtype="float32"), LDMoLEConfig(lora_dropout=0.0), 0, ep_size)
@@ -90,10 +91,10 @@ def measure(rank: int, world_size: int, folder: str, stage: int, ep_size: int, r
         for kind in KINDS:  # side by side, so that a noisy moment hits all
             place = Path(folder) / f"{list(KINDS).index(kind)}-{turn}"
             seconds[kind]["save"].append(timed(save[kind], place))
-            size[kind] = sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
             if kind in load:
                 seconds[kind]["load"].append(timed(load[kind], place))
             if rank == 0:
+                size[kind] = sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
                 shutil.rmtree(place)
             dist.barrier()
     parameters = model.num_parameters_by_kind()
@@ -123,6 +124,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="times each form is saved and loaded")
     parser.add_argument("--output", type=Path, help="write the table here as well")
     arguments = parser.parse_args()
+    from benchmarks.checkpoint import measure  # ranks import it by this name
+
     with tempfile.TemporaryDirectory() as folder:
         setting = (arguments.stage, arguments.ep_size, arguments.repeats)
         found = run_distributed(measure, 2, folder, *setting, deepspeed=True, timeout_s=900)[0]

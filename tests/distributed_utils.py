@@ -8,8 +8,9 @@
     def test_sum():
         assert run_distributed(sum_of_ranks, 2) == [1, 1]
 
-The parent starts one interpreter per rank with this file as its script. Arguments and return values travel through
-files, so they may hold anything that torch.save can write. What ranks print is shown only when something goes wrong.
+Ranks are forked from a process that has imported torch (`rank_server`), each in a session of its own. Arguments and
+return values travel through files, so they may hold anything that torch.save can write. What ranks print is shown only
+when something goes wrong.
 """
 
 import contextlib
@@ -19,7 +20,6 @@ import os
 import pickle
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +31,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tests.rank_server import Rank, fork_rank
 
 _POLL_S = 0.02
 # After one rank has failed, the time the others get to fail too before they are killed.
@@ -72,10 +74,10 @@ def run_distributed(
         (folder / "job.pkl").write_bytes(pickle.dumps(job))
         torch.save(args, folder / "args.pt")
         port = _free_port()
-        processes: list[subprocess.Popen] = []
+        processes: list[Rank] = []
         try:
             for rank in range(world_size):
-                processes.append(_start_rank(folder, rank, world_size, port))
+                processes.append(_start_rank(folder, rank, world_size, port, deepspeed))
             _wait(processes, folder, timeout_s)
         finally:
             _kill(processes)
@@ -86,7 +88,7 @@ def run_distributed(
 # ---- parent ----
 
 
-def _start_rank(folder: Path, rank: int, world_size: int, port: int) -> subprocess.Popen:
+def _start_rank(folder: Path, rank: int, world_size: int, port: int, deepspeed: bool) -> Rank:
     env = {
         **os.environ,
         "RANK": str(rank),
@@ -100,14 +102,11 @@ def _start_rank(folder: Path, rank: int, world_size: int, port: int) -> subproce
     # All ranks are on this machine, so gloo need not resolve the host's name.
     if os.path.exists("/sys/class/net/lo"):
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    with open(folder / f"log{rank}.txt", "wb") as log:
-        # A session of its own lets the rank be killed together with whatever it started.
-        return subprocess.Popen(
-            [sys.executable, __file__, str(folder)], env=env, stdout=log, stderr=log, start_new_session=True
-        )
+    # A session of its own lets the rank be killed together with whatever it started.
+    return fork_rank(__file__, folder, rank, env, deepspeed=deepspeed)
 
 
-def _wait(processes: list[subprocess.Popen], folder: Path, timeout_s: float) -> None:
+def _wait(processes: list[Rank], folder: Path, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         codes = [process.poll() for process in processes]
@@ -120,13 +119,13 @@ def _wait(processes: list[subprocess.Popen], folder: Path, timeout_s: float) -> 
     raise TimeoutError(_timeout_report(processes, folder, timeout_s))
 
 
-def _settle(processes: list[subprocess.Popen], limit_s: float) -> None:
+def _settle(processes: list[Rank], limit_s: float) -> None:
     end = time.monotonic() + limit_s
     while time.monotonic() < end and any(process.poll() is None for process in processes):
         time.sleep(_POLL_S)
 
 
-def _failure_report(processes: list[subprocess.Popen], folder: Path) -> str:
+def _failure_report(processes: list[Rank], folder: Path) -> str:
     errors = [_read_error(folder, rank) for rank in range(len(processes))]
     raised = [rank for rank, error in enumerate(errors) if error is not None]
     died = [rank for rank, process in enumerate(processes) if process.poll() and errors[rank] is None]
@@ -144,7 +143,7 @@ def _failure_report(processes: list[subprocess.Popen], folder: Path) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _timeout_report(processes: list[subprocess.Popen], folder: Path, timeout_s: float) -> str:
+def _timeout_report(processes: list[Rank], folder: Path, timeout_s: float) -> str:
     running = [rank for rank, process in enumerate(processes) if process.poll() is None]
     for rank in running:
         # Before a rank has set its handler up, the signal ends it, which is as well.
@@ -157,7 +156,7 @@ def _timeout_report(processes: list[subprocess.Popen], folder: Path, timeout_s: 
     return "\n".join(line for line in lines if line)
 
 
-def _kill(processes: list[subprocess.Popen]) -> None:
+def _kill(processes: list[Rank]) -> None:
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -191,7 +190,7 @@ def _free_port() -> int:
 # ---- rank ----
 
 
-def _run_rank(folder: Path) -> None:
+def run_rank(folder: Path) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     stack_file = open(folder / f"stack{rank}.txt", "w")  # stays open for the signal handler
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
@@ -237,7 +236,3 @@ def _init_process_group(folder: Path, rank: int, world_size: int, with_deepspeed
     # Not needed for training, and compiling it takes half a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, **init)
-
-
-if __name__ == "__main__":
-    _run_rank(Path(sys.argv[1]))

@@ -21,12 +21,14 @@ MAY_IMPORT["training"] = {*_LOWER, "tasks"}
 MAY_IMPORT["analysis"] = {*_LOWER, "tasks"}
 MAY_IMPORT["parity"] = set(_LOWER)
 MAY_IMPORT["planner"] = set(_LOWER)
+MAY_IMPORT["doctor"] = set(_LOWER)
 
 # Where a framework may be imported: a file, or a folder with its trailing slash.
 FRAMEWORK_HOMES = {
     "deepspeed": (
         "distributed/deepspeed_engine.py",
         "distributed/deepspeed_groups.py",
+        "distributed/deepspeed_private.py",
         "distributed/zero.py",
         "training/",
         "parity/engine.py",

@@ -4,7 +4,7 @@ Every stage steps its base optimizer on flat buffers: stages 1 and 2 on this ran
 stage 3 on this rank's slices of each sub-group's parameters; without ZeRO every parameter is a buffer of its own. A
 `Flat` is such a buffer, the optimizer's state beside it, and the list of the parameters' runs in it.
 
-Private names of DeepSpeed that this file relies on are listed in `_STAGE_12` and `_STAGE_3`.
+DeepSpeed's names for them are in `_STAGE_12` and `_STAGE_3`, and looked for before any is used.
 """
 
 from __future__ import annotations
@@ -17,11 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ldmole_ds.distributed.deepspeed_groups import TESTED_VERSION
+from ldmole_ds.distributed.deepspeed_private import TESTED_VERSION, private
 from ldmole_ds.distributed.zero import finish_prefetches
 
-_STAGE_12 = ("bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups", "real_dp_process_group")
-_STAGE_3 = ("fp16_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat", "sub_group_to_group_id")
+_MASTER_12, _MASTER_3 = "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"
+_STAGE_12 = ("bit16_groups", "bit16_groups_flat", "real_dp_process_group", "update_lp_params")
+_STAGE_3 = (
+    "fp16_groups",
+    "fp16_partitioned_groups_flat",
+    "sub_group_to_group_id",
+    "checkpoint_event_prologue",
+    "checkpoint_event_epilogue",
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Flat:
         optimizer: The base optimizer.
         group: Its parameter group.
         runs: What the buffer holds; what lies between the runs is padding.
+        parameters: Those of its parameter group or sub-group, also where their elements are on other ranks.
     """
 
     weight: Tensor
@@ -58,6 +66,7 @@ class Flat:
     optimizer: torch.optim.Optimizer
     group: dict[str, Any]
     runs: list[Run]
+    parameters: list[nn.Parameter]
 
     @property
     def state(self) -> dict[str, Any]:
@@ -145,10 +154,10 @@ class OptimizerShards:
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
         self.model, self.optimizer = model, optimizer
-        if hasattr(optimizer, _STAGE_12[2]):
+        if hasattr(optimizer, _MASTER_12):
             _check_names(optimizer, _STAGE_12)
             self.stage, self.flats = 1, list(_flats_of_stage_12(optimizer))
-        elif hasattr(optimizer, _STAGE_3[2]):
+        elif hasattr(optimizer, _MASTER_3):
             _check_names(optimizer, _STAGE_3)
             self.stage, self.flats = 3, list(_flats_of_stage_3(optimizer))
         else:
@@ -173,9 +182,8 @@ class OptimizerShards:
 
 
 def _check_names(optimizer: Any, names: tuple[str, ...]) -> None:
-    missing = [name for name in names if not hasattr(optimizer, name)]
-    if missing:
-        raise RuntimeError(f"DeepSpeed's {type(optimizer).__name__} has no {', '.join(missing)}: {TESTED_VERSION}")
+    for name in names:
+        private(optimizer, name)
 
 
 def _flats_of_stage_12(optimizer: Any) -> Iterator[Flat]:
@@ -192,7 +200,7 @@ def _flats_of_stage_12(optimizer: Any) -> Iterator[Flat]:
             begin, end = max(at, first), min(at + param.numel(), first + master.numel())
             if begin < end:
                 runs.append(Run(param, begin - at, begin - first, end - begin))
-        yield Flat(master.detach(), master, optimizer.optimizer, groups[i], runs)
+        yield Flat(master.detach(), master, optimizer.optimizer, groups[i], runs, list(optimizer.bit16_groups[i]))
 
 
 def _flats_of_stage_3(optimizer: Any) -> Iterator[Flat]:
@@ -200,20 +208,23 @@ def _flats_of_stage_3(optimizer: Any) -> Iterator[Flat]:
     for i, (params, master) in enumerate(
         zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
     ):
-        if optimizer.fp16_partitioned_groups_flat[i] is None or master.numel() == 0 < sum(p.ds_numel for p in params):
+        sizes = [private(param, "ds_numel") for param in params]
+        if optimizer.fp16_partitioned_groups_flat[i] is None or master.numel() == 0 < sum(sizes):
             raise ValueError(
                 "checkpoints cannot hold an optimizer that is offloaded to NVMe: set offload_optimizer.device to cpu, "
                 "or --save_strategy no"
             )
         offset, runs = 0, []
-        for param in params:
-            numel = param.partition_numel()
-            start = numel * dist.get_rank(group=param.ds_process_group)
-            real = min(numel, param.ds_numel - start)
+        for param, size in zip(params, sizes, strict=True):
+            numel = private(param, "partition_numel")()
+            start = numel * dist.get_rank(group=private(param, "ds_process_group"))
+            real = min(numel, size - start)
             if real > 0:
                 runs.append(Run(param, start, offset, real))
             offset += numel
-        yield Flat(master.detach(), master, optimizer.optimizer, groups[optimizer.sub_group_to_group_id[i]], runs)
+        yield Flat(
+            master.detach(), master, optimizer.optimizer, groups[optimizer.sub_group_to_group_id[i]], runs, list(params)
+        )
 
 
 def _flats_of_torch(optimizer: Any) -> Iterator[Flat]:
@@ -227,4 +238,4 @@ def _flats_of_torch(optimizer: Any) -> Iterator[Flat]:
         optimizer = inner
     for group in optimizer.param_groups:
         for param in group["params"]:
-            yield Flat(param.data.view(-1), param, optimizer, group, [Run(param, 0, 0, param.numel())])
+            yield Flat(param.data.view(-1), param, optimizer, group, [Run(param, 0, 0, param.numel())], [param])

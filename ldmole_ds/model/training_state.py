@@ -136,8 +136,11 @@ def load_state(
         state.check_fits(canonical_shapes(model))
         shards = OptimizerShards(model, optimizer)
     with raise_together(lambda reason: CheckpointError(f"{folder} could not be read: {reason}")):
+        first_spans = {param: spans[0] for param, spans in canonical_spans(model).items()}
         for flat, spans in zip(shards.flats, _spans_of(model, shards.flats), strict=True):
-            _fill(flat, spans, state, weights_only)
+            _fill(flat, spans, state)
+            if not weights_only:
+                _restore_optimizer(flat, spans, state, first_spans[flat.parameters[0]])
     shards.publish()
     if model.adaptive_l1 is not None:
         model.adaptive_l1.exponent.fill_(state.facts[L1_EXPONENT])
@@ -161,17 +164,19 @@ def _spans_of(model: LDMoLEModel, flats: list[Flat]) -> list[list[Span]]:
     ]
 
 
-def _fill(flat: Flat, spans: list[Span], state: TrainingState, weights_only: bool) -> None:
+def _fill(flat: Flat, spans: list[Span], state: TrainingState) -> None:
     for span in spans:
         state.read_into(flat.weight.narrow(0, span.start, span.numel), "weight", span.key, span.canonical)
-    if weights_only or not spans:
-        return
+
+
+def _restore_optimizer(flat: Flat, spans: list[Span], state: TrainingState, first: Span) -> None:
+    """Moments, steps and hyperparameters of a buffer; ``first`` lies in its group, also where none of it is here."""
     moments = {}
     for name in state.moments():
         moments[name] = torch.zeros_like(flat.weight)
         for span in spans:
             state.read_into(moments[name].narrow(0, span.start, span.numel), name, span.key, span.canonical)
-    records = [state.flat_of(span.key, span.canonical) for span in spans]
+    records = [state.flat_of(span.key, span.canonical) for span in [first, *spans]]
     flat.restore(moments, max(record["step"] for record in records), records[0]["hyperparameters"])
 
 

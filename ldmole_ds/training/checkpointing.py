@@ -165,7 +165,8 @@ class CheckpointMixin:
         layout = load_state(*self.model_and_optimizer(), folder, self.deepspeed)
         if self._scheduler_is_ours:
             with raise_together(lambda reason: CheckpointError(f"{folder / SCHEDULER_NAME}: {reason}")):
-                self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+                saved = torch.load(folder / SCHEDULER_NAME, weights_only=True)
+                self.lr_scheduler.load_state_dict(self._scheduler_state(saved))
         self._load_scaler(str(folder))
         if layout["world_size"] != self.args.world_size and self.args.should_save:
             logger.warning(
@@ -175,6 +176,14 @@ class CheckpointMixin:
                 layout["world_size"],
                 self.args.world_size,
             )
+
+    def _scheduler_state(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """The saved state for this layout's parameter groups, whose number may be another (experts have their own)."""
+        groups, fresh = self.optimizer.param_groups, self.lr_scheduler.state_dict()
+        of_groups = {k: v for k, v in fresh.items() if isinstance(v, list) and len(v) == len(groups)}
+        of_groups["base_lrs"] = [group["initial_lr"] for group in groups]
+        of_groups["_last_lr"] = [group["lr"] for group in groups]
+        return {key: of_groups.get(key, value) for key, value in saved.items()}
 
     def _load_best_model(self) -> None:
         folder = Path(self.state.best_model_checkpoint)
@@ -186,6 +195,6 @@ class CheckpointMixin:
         if has_training_state(folder):
             load_state(model, optimizer, folder, self.deepspeed, weights_only=True)
         else:
-            adapter_io.load_adapter(model, folder)
+            adapter_io.load_state(model, adapter_io.read_adapter(folder), str(folder))
             if hasattr(optimizer, "refresh_fp32_params"):
                 optimizer.refresh_fp32_params()

@@ -47,7 +47,8 @@ def build(folder, stage, ep_size, accumulation, **changes):
             "zero_force_ds_cpu_optimizer": False,
         }
     values = {**SETTINGS, **changes, "output_dir": folder}
-    return make_trainer(2, accumulation, config, ep_size, in_order=False, lora_dropout=0.1, **values)
+    values = {"lora_dropout": 0.1, **values}
+    return make_trainer(values.pop("micro", 2), accumulation, config, ep_size, in_order=False, **values)
 
 
 def resume_on_ranks(rank, world_size, folder):
@@ -69,6 +70,24 @@ def resume_on_ranks(rank, world_size, folder):
         again = outcome(build(f"{place}-again", stage, ep_size, 2), f"{place}/checkpoint-{SAVED_AT}")
         results[stage, ep_size] = (whole, again)
     return results
+
+
+def cross_on_ranks(rank, world_size, folder):
+    """One whole run, and runs that begin at its checkpoint in every other layout of these ranks."""
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    # Rows in order and no dropout: everything else is as in the exact runs.
+    settings = {"train_sampling_strategy": "sequential", "lora_dropout": 0.0, "save_total_limit": None}
+    whole = outcome(build(f"{folder}/whole", 2, 2, 2, **settings))
+    results = {}
+    for stage, ep_size in CASES:
+        AcceleratorState._reset_state()
+        trainer = build(f"{folder}/{stage}-{ep_size}", stage, ep_size, 2, **settings)
+        results[stage, ep_size] = outcome(trainer, f"{folder}/whole/checkpoint-{SAVED_AT}")
+    return whole, results
 
 
 def best_on_ranks(rank, world_size, folder):
@@ -99,6 +118,25 @@ def test_every_stage_resumes_bit_for_bit(tmp_path):
         assert set(results) == set(CASES)
         for whole, again in results.values():
             assert_same(whole, again)
+
+
+def assert_close(whole, again):
+    assert list(again["curve"]) == list(whole["curve"])
+    for step, values in whole["curve"].items():
+        assert again["curve"][step] == pytest.approx(values, rel=1e-5), step
+
+
+@pytest.mark.distributed
+def test_the_trainer_goes_on_in_other_layouts(tmp_path):
+    per_rank = run_distributed(cross_on_ranks, 2, str(tmp_path), deepspeed=True, timeout_s=300)
+    whole, results = per_rank[0]
+    assert set(results) == set(CASES)
+    for again in results.values():
+        assert_close(whole, again)
+    # And in one process, without DeepSpeed: the same eight rows a step, in as many micro-steps.
+    settings = {"train_sampling_strategy": "sequential", "lora_dropout": 0.0, "micro": 4}
+    alone = build(str(tmp_path / "alone"), None, 1, 2, **settings)
+    assert_close(whole, outcome(alone, str(tmp_path / f"whole/checkpoint-{SAVED_AT}")))
 
 
 def test_one_process_without_deepspeed_resumes_bit_for_bit(tmp_path):
