@@ -16,20 +16,17 @@ import json
 import os
 import sys
 import typing
-from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
-from dataclasses import dataclass, field
+from argparse import Namespace, RawDescriptionHelpFormatter
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from ldmole_ds.training.flags import Formatter, field_with_help, raise_user_error  # noqa: E402
 from ldmole_ds.training.runtime import UserError, is_main_process, run_main  # noqa: E402
 
 USABLE_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-def _field(default, text, **kwargs):
-    return field(default=default, metadata={"help": text, **kwargs})
 
 
 @dataclass
@@ -38,15 +35,19 @@ class ClusterArguments:
 
     _argument_group_name: typing.ClassVar[str] = "cluster"
 
-    nodes: int = _field(1, "Machines.")
-    gpus_per_node: int = _field(8, "Devices, and so ranks, of each machine.")
-    gpu: str = _field("h100", "A known device (h200, h100, a100-80gb, a100-40gb, l40s), or a file from --calibrate.")
-    memory_gb: float | None = _field(None, "Memory of a device in GB (10^9 bytes), instead of the preset's.")
-    tflops: float | None = _field(None, "Half-precision TFLOPS that products reach, instead of half the preset's peak.")
-    intra_bandwidth_gbs: float | None = _field(None, "GB/s that a rank sends to others of its node (beta).")
-    intra_latency_us: float | None = _field(None, "Microseconds per message inside a node (alpha).")
-    inter_bandwidth_gbs: float | None = _field(None, "GB/s that a rank sends to other nodes.")
-    inter_latency_us: float | None = _field(None, "Microseconds per message between nodes.")
+    nodes: int = field_with_help(1, "Machines.")
+    gpus_per_node: int = field_with_help(8, "Devices, and so ranks, of each machine.")
+    gpu: str = field_with_help(
+        "h100", "A known device (h200, h100, a100-80gb, a100-40gb, l40s), or a file from --calibrate."
+    )
+    memory_gb: float | None = field_with_help(None, "Memory of a device in GB (10^9 bytes), instead of the preset's.")
+    tflops: float | None = field_with_help(
+        None, "Half-precision TFLOPS that products reach, instead of half the preset's peak."
+    )
+    intra_bandwidth_gbs: float | None = field_with_help(None, "GB/s that a rank sends to others of its node (beta).")
+    intra_latency_us: float | None = field_with_help(None, "Microseconds per message inside a node (alpha).")
+    inter_bandwidth_gbs: float | None = field_with_help(None, "GB/s that a rank sends to other nodes.")
+    inter_latency_us: float | None = field_with_help(None, "Microseconds per message between nodes.")
 
 
 @dataclass
@@ -55,34 +56,38 @@ class PlanArguments:
 
     _argument_group_name: typing.ClassVar[str] = "plan"
 
-    per_device_train_batch_size: int = _field(8, "Rows of a micro-step on one rank.")
-    max_length: int = _field(512, "Tokens per row; all rows are taken to be as long.")
-    gradient_accumulation_steps: int = _field(1, "Micro-steps per optimizer step.")
-    bf16: bool = _field(False, "bfloat16 engine: base and adapters in 2 bytes, float32 masters.")
-    fp16: bool = _field(False, "float16 engine, in the same way.")
-    activation_checkpointing: bool = _field(False, "Recompute each layer in backward instead of keeping it.")
-    ep_size: str = _field("auto", "Compare this one only; auto compares all that divide ranks and experts.")
-    expert_dispatch: str = _field(
+    per_device_train_batch_size: int = field_with_help(8, "Rows of a micro-step on one rank.")
+    max_length: int = field_with_help(512, "Tokens per row; all rows are taken to be as long.")
+    gradient_accumulation_steps: int = field_with_help(1, "Micro-steps per optimizer step.")
+    global_batch_size: int | None = field_with_help(
+        None, "Rows of an optimizer step over all ranks; gradient_accumulation_steps follows from it."
+    )
+    bf16: bool = field_with_help(False, "bfloat16 engine: base and adapters in 2 bytes, float32 masters.")
+    fp16: bool = field_with_help(False, "float16 engine, in the same way.")
+    activation_checkpointing: bool = field_with_help(False, "Recompute each layer in backward instead of keeping it.")
+    ep_size: str = field_with_help("auto", "Compare this one only; auto compares all that divide ranks and experts.")
+    expert_dispatch: str = field_with_help(
         "auto", "Compare this one only: tokens or weights.", choices=("tokens", "weights", "auto")
     )
-    zero_stage: int | None = _field(None, "Compare this ZeRO stage only; default: all.")
-    dispatch_chunk_tokens: int = _field(0, "As in training: bounds the rows that a rank holds for others. 0: no bound.")
-    active_experts: float | None = _field(
+    zero_stage: int | None = field_with_help(None, "Compare this ZeRO stage only; default: all.")
+    dispatch_chunk_tokens: int = field_with_help(
+        0, "As in training: bounds the rows that a rank holds for others. 0: no bound."
+    )
+    active_experts: float | None = field_with_help(
         None, "Experts that a token uses on average; default: what the router is held to, else all."
     )
-    skew: float = _field(1.0, "Load of the fullest rank over the mean: 1 is balanced.")
-    json: str | None = _field(None, "Write the whole plan to this file.")
-    write_config: str | None = _field(
+    skew: float = field_with_help(1.0, "Load of the fullest rank over the mean: 1 is balanced.")
+    json: str | None = field_with_help(None, "Write the whole plan to this file.")
+    write_config: str | None = field_with_help(
         None, "Write ds_config.json for the recommended layout into this folder, and print the launch command."
     )
-    calibrate: str | None = _field(
+    calibrate: str | None = field_with_help(
         None, "Measure this machine, write this file (for --gpu), and stop. Under a launcher: the link too."
     )
 
 
-class _Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=38, width=120)
+class _Formatter(Formatter, RawDescriptionHelpFormatter):
+    """The description above keeps its lines."""
 
 
 def parse_flags(argv: list[str]) -> Namespace:
@@ -91,24 +96,19 @@ def parse_flags(argv: list[str]) -> Namespace:
 
     from ldmole_ds.config import PRESETS
     from ldmole_ds.training.arguments import AdapterArguments, ModelArguments
-    from ldmole_ds.training.batch import BatchArguments
 
-    groups = (ModelArguments, AdapterArguments, BatchArguments, ClusterArguments, PlanArguments)
+    groups = (ModelArguments, AdapterArguments, ClusterArguments, PlanArguments)
     parser = HfArgumentParser(
         groups, prog="launch/plan.py", description=__doc__, formatter_class=_Formatter, allow_abbrev=False
     )
-
-    def refuse(message: str) -> None:
-        raise UserError(f"{message}; see plan.py --help")
-
-    parser.error = refuse
+    parser.error = raise_user_error
     preset = parser.parse_known_args(argv)[0].preset
     if preset is not None and preset not in PRESETS:
-        refuse(f"--preset {preset} is not known: use one of {', '.join(PRESETS)}")
+        raise_user_error(f"--preset {preset} is not known: use one of {', '.join(PRESETS)}")
     parser.set_defaults(**(PRESETS[preset] if preset else {}))
     flags, rest = parser.parse_known_args(argv)
     if rest:
-        refuse(f"unknown argument {' '.join(rest)}")
+        raise_user_error(f"unknown argument {' '.join(rest)}")
     return flags
 
 
@@ -148,7 +148,7 @@ def build_job(flags: Namespace):
     from ldmole_ds.model.dispatch_plan import expected_experts
     from ldmole_ds.planner import Batch, Job, Precision, Routing, layouts, load_config, shape_of_config, trace_step
     from ldmole_ds.tasks import demo_model_file
-    from ldmole_ds.training.arguments import adapter_config, build
+    from ldmole_ds.training.arguments import adapter_config
     from ldmole_ds.training.batch import BatchArguments, accumulation_steps
 
     if flags.bf16 and flags.fp16:
@@ -159,7 +159,7 @@ def build_job(flags: Namespace):
     ep_size = None if flags.ep_size == "auto" else int(flags.ep_size)
     micro = flags.per_device_train_batch_size
     steps = accumulation_steps(
-        build(flags, BatchArguments), micro, flags.gradient_accumulation_steps, cluster.world_size
+        BatchArguments(flags.global_batch_size), micro, flags.gradient_accumulation_steps, cluster.world_size
     )
     batch = Batch(micro, flags.max_length, steps)
     plans = layouts(
