@@ -20,6 +20,7 @@ MAY_IMPORT["tasks"] = set(_LOWER)
 MAY_IMPORT["training"] = {*_LOWER, "tasks"}
 MAY_IMPORT["analysis"] = {*_LOWER, "tasks"}
 MAY_IMPORT["parity"] = set(_LOWER)
+MAY_IMPORT["planner"] = set(_LOWER)
 MAY_IMPORT["doctor"] = set(_LOWER)
 
 # Where a framework may be imported: a file, or a folder with its trailing slash.
@@ -32,7 +33,7 @@ FRAMEWORK_HOMES = {
         "training/",
         "parity/engine.py",
     ),
-    "transformers": ("model/", "tasks/", "training/", "analysis/", "parity/model.py"),
+    "transformers": ("model/", "tasks/", "training/", "analysis/", "parity/model.py", "planner/"),
 }
 OUTSIDE = ("launch", "tests")
 

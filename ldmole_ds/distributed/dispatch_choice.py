@@ -7,7 +7,8 @@ a group of G projections that read D values and write O in sum:
     weights    2 collectives, (1 + 1/accumulation) (P - 1) (E/P) r (G D + O) values
 
 A collective takes a latency plus its bytes over the bandwidth; both are measured on the link at the start and broadcast
-from rank 0, so that every rank decides alike. The expert products are the same work either way.
+from rank 0, so that every rank decides alike. The expert products are the same work either way. `tokens_phases` and
+`weights_phases` name the collectives as `CommStats` counts them; the planner (`ldmole_ds.planner`) uses them too.
 """
 
 from __future__ import annotations
@@ -86,6 +87,64 @@ def remote_ranks(ep_size: int, num_experts: int, num_projections: int, active_ex
     return (ep_size - 1) * (1 - (1 - share) ** (num_projections * num_experts / ep_size))
 
 
+@dataclass(frozen=True)
+class Phase:
+    """The collectives of one name that an input group runs in a micro-step: how many, and bytes sent by a rank."""
+
+    calls: float
+    bytes: float
+
+
+def tokens_phases(
+    sent: float,
+    received: float,
+    *,
+    ep_size: int,
+    num_experts: int,
+    in_features: int,
+    out_features: list[int],
+    itemsize: int,
+) -> dict[str, Phase]:
+    """Forward and backward of an input group under ``tokens``, by the names of `CommStats`.
+
+    Args:
+        sent: Rows that this rank sends in dispatch: one per token and remote rank visited.
+        received: Rows that it receives.
+        ep_size, num_experts, in_features, out_features: As in `choose_dispatch`.
+        itemsize: Bytes of a value.
+    """
+    row = (in_features + len(out_features) * num_experts // ep_size) * itemsize
+    answer = sum(out_features) * itemsize
+    return {
+        "counts": Phase(1, (ep_size - 1) * 2 * 8),
+        "dispatch": Phase(1, sent * row),
+        "combine": Phase(1, received * answer),
+        "combine_backward": Phase(1, sent * answer),
+        "dispatch_backward": Phase(1, received * row),
+    }
+
+
+def weights_phases(
+    *,
+    ep_size: int,
+    num_experts: int,
+    r: int,
+    in_features: int,
+    out_features: list[int],
+    itemsize: int,
+    accumulation_steps: int = 1,
+) -> dict[str, Phase]:
+    """The same under ``weights``: gathered once per optimizer step, gradients reduced in every micro-step."""
+    held = num_experts // ep_size * r * (len(out_features) * in_features + sum(out_features))
+    moved = (ep_size - 1) * held * itemsize
+    return {"gather": Phase(1 / accumulation_steps, moved / accumulation_steps), "reduce_scatter": Phase(1, moved)}
+
+
+def phases_seconds(phases: dict[str, Phase], link: Link) -> float:
+    """Time of these collectives, one after another."""
+    return sum(phase.calls * link.latency + phase.bytes / link.bandwidth for phase in phases.values())
+
+
 def choose_dispatch(
     workload: Workload,
     link: Link,
@@ -97,13 +156,12 @@ def choose_dispatch(
     out_features: list[int],
 ) -> Choice:
     """The cheaper of tokens and weights for one input group; arguments as in `InputGroup`."""
-    g, o, e = len(out_features), sum(out_features), num_experts // ep_size
-    visits = workload.tokens * remote_ranks(ep_size, num_experts, g, workload.active_experts)
-    tokens_bytes = 2 * visits * (in_features + g * e + o) * workload.itemsize
-    rounds = 1 + 1 / workload.accumulation_steps
-    weights_bytes = rounds * (ep_size - 1) * e * r * (g * in_features + o) * workload.itemsize
-    tokens_seconds = 5 * link.latency + tokens_bytes / link.bandwidth
-    weights_seconds = rounds * link.latency + weights_bytes / link.bandwidth
+    sizes = {"ep_size": ep_size, "num_experts": num_experts, "in_features": in_features, "out_features": out_features}
+    rows = workload.tokens * remote_ranks(ep_size, num_experts, len(out_features), workload.active_experts)
+    tokens = tokens_phases(rows, rows, itemsize=workload.itemsize, **sizes)
+    weights = weights_phases(r=r, itemsize=workload.itemsize, accumulation_steps=workload.accumulation_steps, **sizes)
+    tokens_bytes, weights_bytes = (sum(phase.bytes for phase in phases.values()) for phases in (tokens, weights))
+    tokens_seconds, weights_seconds = phases_seconds(tokens, link), phases_seconds(weights, link)
     mode = "tokens" if tokens_seconds < weights_seconds else "weights"
     return Choice(mode, tokens_seconds, weights_seconds, tokens_bytes, weights_bytes)
 

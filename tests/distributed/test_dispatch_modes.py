@@ -97,7 +97,7 @@ def test_a_slow_start_of_collectives_favours_the_one_with_fewer():
 
 def test_bytes_are_those_of_the_formula():
     choice = choose_dispatch(Workload(tokens=10, active_experts=8, accumulation_steps=2), Link(0.0, 1e6), **SIZES)
-    assert choice.tokens_bytes == 2 * 10 * 1 * (576 + 3 * 4 + 960) * 4
+    assert choice.tokens_bytes == 2 * 10 * 1 * (576 + 3 * 4 + 960) * 4 + 2 * 8
     assert choice.weights_bytes == 1.5 * 4 * 8 * (3 * 576 + 960) * 4
     assert choice.tokens_seconds == pytest.approx(choice.tokens_bytes / 1e6)
 

@@ -1,0 +1,274 @@
+#!/usr/bin/env python
+"""Plan a run before paying for it: memory, bytes and time of every layout, from the model's configuration alone.
+
+    python launch/plan.py --model_name_or_path meta-llama/Llama-3.1-8B --nodes 2 --gpus_per_node 8 --gpu h100 --bf16
+    python launch/plan.py ... --json plan.json --write_config runs/planned
+    python launch/plan.py --calibrate here.json                                     measures this machine
+    torchrun --nproc_per_node 2 launch/plan.py --calibrate here.json                with the link between two ranks
+
+No weights are read and no accelerator is needed. Model, adapter and batch flags are those of launch/train.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import typing
+from argparse import Namespace, RawDescriptionHelpFormatter
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ldmole_ds.training.flags import Formatter, field_with_help, raise_user_error  # noqa: E402
+from ldmole_ds.training.runtime import UserError, is_main_process, run_main  # noqa: E402
+
+USABLE_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass
+class ClusterArguments:
+    """The machines."""
+
+    _argument_group_name: typing.ClassVar[str] = "cluster"
+
+    nodes: int = field_with_help(1, "Machines.")
+    gpus_per_node: int = field_with_help(8, "Devices, and so ranks, of each machine.")
+    gpu: str = field_with_help(
+        "h100", "A known device (h200, h100, a100-80gb, a100-40gb, l40s), or a file from --calibrate."
+    )
+    memory_gb: float | None = field_with_help(None, "Memory of a device in GB (10^9 bytes), instead of the preset's.")
+    tflops: float | None = field_with_help(
+        None, "Half-precision TFLOPS that products reach, instead of half the preset's peak."
+    )
+    intra_bandwidth_gbs: float | None = field_with_help(None, "GB/s that a rank sends to others of its node (beta).")
+    intra_latency_us: float | None = field_with_help(None, "Microseconds per message inside a node (alpha).")
+    inter_bandwidth_gbs: float | None = field_with_help(None, "GB/s that a rank sends to other nodes.")
+    inter_latency_us: float | None = field_with_help(None, "Microseconds per message between nodes.")
+
+
+@dataclass
+class PlanArguments:
+    """What is planned, and what comes out."""
+
+    _argument_group_name: typing.ClassVar[str] = "plan"
+
+    per_device_train_batch_size: int = field_with_help(8, "Rows of a micro-step on one rank.")
+    max_length: int = field_with_help(512, "Tokens per row; all rows are taken to be as long.")
+    gradient_accumulation_steps: int = field_with_help(1, "Micro-steps per optimizer step.")
+    global_batch_size: int | None = field_with_help(
+        None, "Rows of an optimizer step over all ranks; gradient_accumulation_steps follows from it."
+    )
+    bf16: bool = field_with_help(False, "bfloat16 engine: base and adapters in 2 bytes, float32 masters.")
+    fp16: bool = field_with_help(False, "float16 engine, in the same way.")
+    activation_checkpointing: bool = field_with_help(False, "Recompute each layer in backward instead of keeping it.")
+    ep_size: str = field_with_help("auto", "Compare this one only; auto compares all that divide ranks and experts.")
+    expert_dispatch: str = field_with_help(
+        "auto", "Compare this one only: tokens or weights.", choices=("tokens", "weights", "auto")
+    )
+    zero_stage: int | None = field_with_help(None, "Compare this ZeRO stage only; default: all.")
+    dispatch_chunk_tokens: int = field_with_help(
+        0, "As in training: bounds the rows that a rank holds for others. 0: no bound."
+    )
+    active_experts: float | None = field_with_help(
+        None, "Experts that a token uses on average; default: what the router is held to, else all."
+    )
+    skew: float = field_with_help(1.0, "Load of the fullest rank over the mean: 1 is balanced.")
+    json: str | None = field_with_help(None, "Write the whole plan to this file.")
+    write_config: str | None = field_with_help(
+        None, "Write ds_config.json for the recommended layout into this folder, and print the launch command."
+    )
+    calibrate: str | None = field_with_help(
+        None, "Measure this machine, write this file (for --gpu), and stop. Under a launcher: the link too."
+    )
+
+
+class _Formatter(Formatter, RawDescriptionHelpFormatter):
+    """The description above keeps its lines."""
+
+
+def parse_flags(argv: list[str]) -> Namespace:
+    """Flags of cluster and plan, and those of model, adapter and batch as in training."""
+    from transformers import HfArgumentParser
+
+    from ldmole_ds.config import PRESETS
+    from ldmole_ds.training.arguments import AdapterArguments, ModelArguments
+
+    groups = (ModelArguments, AdapterArguments, ClusterArguments, PlanArguments)
+    parser = HfArgumentParser(
+        groups, prog="launch/plan.py", description=__doc__, formatter_class=_Formatter, allow_abbrev=False
+    )
+    parser.error = raise_user_error
+    preset = parser.parse_known_args(argv)[0].preset
+    if preset is not None and preset not in PRESETS:
+        raise_user_error(f"--preset {preset} is not known: use one of {', '.join(PRESETS)}")
+    parser.set_defaults(**(PRESETS[preset] if preset else {}))
+    flags, rest = parser.parse_known_args(argv)
+    if rest:
+        raise_user_error(f"unknown argument {' '.join(rest)}")
+    return flags
+
+
+def build_cluster(flags: Namespace):
+    """The cluster, with what the flags say instead of the preset."""
+    from ldmole_ds.planner import PRESETS, Cluster, read_calibration
+
+    found = dict(
+        PRESETS[flags.gpu] if flags.gpu in PRESETS else _calibrated(flags.gpu, list(PRESETS), read_calibration)
+    )
+    given = {"memory": (flags.memory_gb, 1e9), "half_flops": (flags.tflops, 1e12)}
+    found["device"] = _changed(found["device"], given)
+    for name, wire in (("inside", "intra"), ("between", "inter")):
+        latency, bandwidth = getattr(flags, f"{wire}_latency_us"), getattr(flags, f"{wire}_bandwidth_gbs")
+        found[name] = _changed(found[name], {"latency": (latency, 1e-6), "bandwidth": (bandwidth, 1e9)})
+    return Cluster(nodes=flags.nodes, ranks_per_node=flags.gpus_per_node, **found)
+
+
+def _calibrated(name: str, presets: list[str], read) -> dict:
+    if not Path(name).is_file():
+        raise ValueError(f"--gpu {name} is neither a file from --calibrate nor one of {', '.join(presets)}")
+    return read(name)
+
+
+def _changed(thing, given: dict):
+    values = {name: value * unit for name, (value, unit) in given.items() if value is not None}
+    for name, value in values.items():
+        if value <= 0:
+            raise ValueError(f"{name} of {type(thing).__name__.lower()} must be above 0, got {value:g}")
+    return dataclasses.replace(thing, **values)
+
+
+def build_job(flags: Namespace):
+    """The job and its layouts, estimated."""
+    import torch
+
+    from ldmole_ds.model.dispatch_plan import expected_experts
+    from ldmole_ds.planner import Batch, Job, Precision, Routing, layouts, load_config, shape_of_config, trace_step
+    from ldmole_ds.tasks import demo_model_file
+    from ldmole_ds.training.arguments import adapter_config
+    from ldmole_ds.training.batch import BatchArguments, accumulation_steps
+
+    if flags.bf16 and flags.fp16:
+        raise ValueError("--bf16 and --fp16 exclude each other: give one")
+    cluster, config = build_cluster(flags), adapter_config(flags)
+    if flags.ep_size != "auto" and not flags.ep_size.isdigit():
+        raise ValueError(f"--ep_size must be auto or a whole number of at least 1, got {flags.ep_size!r}")
+    ep_size = None if flags.ep_size == "auto" else int(flags.ep_size)
+    micro = flags.per_device_train_batch_size
+    steps = accumulation_steps(
+        BatchArguments(flags.global_batch_size), micro, flags.gradient_accumulation_steps, cluster.world_size
+    )
+    batch = Batch(micro, flags.max_length, steps)
+    plans = layouts(
+        cluster,
+        config.num_experts,
+        ep_size=ep_size,
+        dispatch=None if flags.expert_dispatch == "auto" else flags.expert_dispatch,
+        zero_stage=flags.zero_stage,
+        checkpointing=flags.activation_checkpointing,
+        chunk_tokens=flags.dispatch_chunk_tokens,
+    )
+    source = flags.model_name_or_path or str(demo_model_file())
+    hf_config = load_config(source, revision=flags.revision, token=flags.token)
+    engine = "bfloat16" if flags.bf16 else "float16" if flags.fp16 else "float32"
+    base = engine if engine != "float32" else flags.dtype
+    if base == "auto":
+        base = str(getattr(hf_config, "dtype", None) or "float32").removeprefix("torch.")
+    config.adapter_dtype = config.adapter_dtype or engine
+    shape = shape_of_config(hf_config, config)
+    precision = Precision(USABLE_DTYPES[base], USABLE_DTYPES[config.adapter_dtype], flags.quantization)
+    routing = Routing(flags.active_experts or expected_experts(config), flags.skew)
+    traced = {"micro": micro, "length": flags.max_length, "dtype": getattr(torch, base)}
+    recompute = flags.activation_checkpointing
+    traces = {recompute: trace_step(hf_config, config, checkpointing=recompute, **traced)}
+    job = Job(shape, cluster, batch, precision, routing, traces)
+    return job, [job.estimate(layout) for layout in plans]
+
+
+def write_config(job, best, flags: Namespace, argv: list[str]) -> str:
+    """ds_config.json for the layout; returns the launch command."""
+    from ldmole_ds.planner import launch_command
+
+    folder = Path(flags.write_config)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads((ROOT / "ds_configs" / f"zero{best.layout.zero_stage}.json").read_text(encoding="utf-8"))
+    (folder / "ds_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return launch_command(job, best, str(folder / "ds_config.json"), training_flags(argv))
+
+
+def training_flags(argv: list[str]) -> list[str]:
+    """The flags among these that mean the same in training: model, adapter, precision."""
+    from ldmole_ds.training.arguments import AdapterArguments, ModelArguments
+
+    names = {f.name for group in (ModelArguments, AdapterArguments) for f in dataclasses.fields(group)}
+    kept, keep = [], False
+    for word in argv:
+        if word.startswith("--"):
+            keep = word[2:].split("=")[0] in names | {"bf16", "fp16"}
+        if keep:
+            kept.append(word)
+    return kept
+
+
+def calibrate_here(path: str) -> None:
+    """Measure, and write the file on rank 0."""
+    import torch
+    import torch.distributed as dist
+
+    from ldmole_ds.distributed import expert_parallel
+    from ldmole_ds.planner import Wire, write_calibration
+    from ldmole_ds.planner.calibrate import calibrate, calibrate_link
+
+    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local)
+        device = torch.device("cuda", local)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    found = calibrate(device)
+    # One rank sends nothing.
+    wire = calibrate_link(expert_parallel(world), device) if world > 1 else Wire(1e-6, 1e9)
+    if is_main_process():
+        write_calibration(path, found, wire)
+        print(
+            f"{found.name}: {found.float_flops / 1e9:.1f} GFLOPS float32, {found.half_flops / 1e9:.1f} half, memory "
+            f"{found.bandwidth / 1e9:.1f} GB/s, {found.op_seconds * 1e6:.1f} us per operation; link "
+            + (
+                f"{wire.latency * 1e6:.0f} us, {wire.bandwidth / 1e9:.2f} GB/s"
+                if world > 1
+                else "not measured (1 rank)"
+            )
+            + f"; written to {path}"
+        )
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def main(argv: list[str]) -> None:
+    from ldmole_ds.planner import plan_dict, plan_text, recommend
+
+    flags = parse_flags(argv)
+    try:
+        if flags.calibrate:
+            calibrate_here(flags.calibrate)
+            return
+        job, estimates = build_job(flags)
+        print(plan_text(job, estimates))
+        best = recommend(job, estimates)[0]
+        if flags.json:
+            Path(flags.json).write_text(json.dumps(plan_dict(job, estimates), indent=2) + "\n", encoding="utf-8")
+        if flags.write_config:
+            if best is None:
+                raise ValueError("--write_config: no layout fits, so nothing was written")
+            print("\n" + write_config(job, best, flags, argv))
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,54 @@
+"""The traced step is the real one: same operations, same memory; a deep model is continued from a shallow one."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ldmole_ds.model import get_ldmole_model
+from ldmole_ds.planner.model_shape import build_base
+from ldmole_ds.planner.trace import Trace, op_seconds, trace_model, trace_step
+from tests.planner.plan_cases import DEVICE, small_hf_config
+from tests.tiny import tiny_config
+
+
+def traced(checkpointing: bool) -> Trace:
+    model = get_ldmole_model(build_base(small_hf_config()), tiny_config())
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    return trace_model(model, torch.zeros(2, 12, dtype=torch.long))
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fake_and_real_steps_agree(checkpointing):
+    real = traced(checkpointing)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = traced(checkpointing)
+    assert fake.peak == real.peak > 0
+    products = [{op: n for op, n in t.ops.items() if op[1]} for t in (fake, real)]
+    assert products[0] == products[1] and sum(products[0].values()) > 100
+    assert fake.calls == pytest.approx(real.calls, rel=0.01)
+
+
+def test_recomputing_computes_more_and_keeps_less():
+    keep, recompute = (
+        trace_step(small_hf_config(3), tiny_config(), micro=4, length=64, checkpointing=c) for c in (0, 1)
+    )
+    assert recompute.peak < 0.8 * keep.peak
+    assert 1.2 * keep.seconds(DEVICE) < recompute.seconds(DEVICE) < 1.6 * keep.seconds(DEVICE)
+
+
+def test_further_layers_add_what_the_third_added():
+    continued = trace_step(small_hf_config(5), tiny_config(), micro=2, length=16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = get_ldmole_model(build_base(small_hf_config(5)), tiny_config())
+        whole = trace_model(model, torch.zeros(2, 16, dtype=torch.long))
+    assert continued.more_layers == 3
+    assert continued.seconds(DEVICE) == pytest.approx(whole.seconds(DEVICE), rel=0.01)
+    assert continued.peak == pytest.approx(whole.peak, rel=0.02)
+
+
+def test_an_operation_takes_the_longer_of_computing_and_moving():
+    assert op_seconds(DEVICE, False, 10e9, 1) == 1.0
+    assert op_seconds(DEVICE, True, 10e9, 1) == 0.1
+    assert op_seconds(DEVICE, False, 1, 2e9) == 2.0
