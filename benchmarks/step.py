@@ -7,8 +7,8 @@
 A Qwen3 of random weights, all seven projections adapted. Variants: the frozen base (its input embeddings ask for a
 gradient, so that backward runs), PEFT LoRA of rank r and of rank E * r (as many expert parameters as ours), LD-MoLE as
 the authors formulate it (first checked to give our loss and gradients), and ours; a second part has dropout and a wider
-lambda MLP. Each variant takes its turn in every round of one process. Peak memory is that of a process per variant, above
-the loaded model: see `harness.PeakMemory`.
+lambda MLP. Each variant takes its turn in every round of one process. Peak memory is that of a process per variant,
+above the loaded model: see `harness.PeakMemory`.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ def check_equal(args: argparse.Namespace) -> dict[str, float]:
             for grad, param in [*pairs, (group.lora_B[i].grad, layer.lora_B)]:
                 worst = max(worst, ((grad - param.grad).norm() / param.grad.norm()).item())
     for width, mlp in mine.lambda_mlps.items():
-        for grad, param in ((mlp.weight_in.grad, peer.mlps[width][0].weight), (mlp.bias_out.grad, peer.mlps[width][2].bias)):
+        first, _, last = peer.mlps[width]
+        for grad, param in ((mlp.weight_in.grad, first.weight), (mlp.bias_out.grad, last.bias)):
             worst = max(worst, ((grad - param.grad).norm() / param.grad.norm()).item())
     difference = abs(losses[0].item() / losses[1].item() - 1)
     limit = 1e-3 if args.dtype == "float32" else 0.1

@@ -11,23 +11,33 @@ import torch
 from torch import Tensor
 
 
-def keep_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
-    """A CPU mask, uint8, 1 where the value is kept, from the default generator; and the probability of 1."""
-    dropped = round(p * 2**16)
-    numel = shape.numel()
-    bits = torch.empty(-(-numel // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:numel]
+def keep_mask(x: Tensor, dropped: int) -> Tensor:
+    """``uint8``, the shape of the CPU tensor x: 0 with probability ``dropped / 2^16``, else 1. Default generator."""
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[: x.numel()]
     # Written as uint8: to float, that converts several times faster than bool.
-    mask = torch.empty(numel, dtype=torch.uint8)
+    mask = torch.empty(x.numel(), dtype=torch.uint8)
     torch.ge(bits, dropped - 2**15, out=mask)
-    return mask.view(shape), 1 - dropped / 2**16
+    return mask.view(x.shape)
+
+
+@torch.library.custom_op("ldmole_ds::keep_mask", mutates_args=())
+def _keep_mask_op(x: Tensor, dropped: int) -> Tensor:
+    return keep_mask(x, dropped)
+
+
+@_keep_mask_op.register_fake
+def _(x: Tensor, dropped: int) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.uint8)
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, p: float) -> Tensor:
-        mask, kept = keep_mask(x.shape, p)
+        dropped = round(p * 2**16)
+        # torch.compile cannot trace random bits and draws the same mask through an operator of its own.
+        mask = _keep_mask_op(x, dropped) if torch.compiler.is_compiling() else keep_mask(x, dropped)
         ctx.save_for_backward(mask)
-        ctx.scale = 1 / kept if kept else 0.0
+        ctx.scale = 2**16 / (2**16 - dropped) if dropped < 2**16 else 0.0
         return mask.to(x.dtype).mul_(ctx.scale).mul_(x)
 
     @staticmethod

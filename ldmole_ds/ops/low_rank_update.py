@@ -18,8 +18,13 @@ from torch import Tensor
 
 def _weighted(h_XT: Tensor, p_eT: Tensor, scaling: float) -> Tensor:
     """``(e * r, T)``: each expert's r rows times its routing weight."""
+    return (_by_expert(h_XT, p_eT) * (p_eT * scaling).unsqueeze(1)).view(h_XT.shape)
+
+
+def _by_expert(h_XT: Tensor, p_eT: Tensor) -> Tensor:
+    """``(e * r, T) -> (e, r, T)``; T may be 0."""
     e, t = p_eT.shape
-    return (h_XT.view(e, -1, t) * (p_eT * scaling).unsqueeze(1)).view(-1, t)
+    return h_XT.view(e, h_XT.shape[0] // e, t)
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -39,20 +44,19 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         h_XT, p_eT, lora_B = ctx.saved_tensors
-        e, t = p_eT.shape
         need_h, need_p, need_B = ctx.needs_input_grad[1:4]
         grad_h = grad_p = grad_B = None
         with torch.autocast(grad.device.type, enabled=False):
             grad = grad.contiguous()
-            grad_TO = grad.view(t, -1)
+            grad_TO = grad.view(-1, grad.shape[-1])
             if need_B:
                 grad_B = (_weighted(h_XT, p_eT, ctx.scaling) @ grad_TO).view_as(lora_B)
             if need_h or need_p:
-                grad_hp = (lora_B.reshape(-1, grad_TO.shape[1]) @ grad_TO.t()).view(e, -1, t)
+                grad_hp = _by_expert(lora_B.reshape(-1, grad_TO.shape[1]) @ grad_TO.t(), p_eT)
             if need_p:
-                grad_p = (grad_hp * h_XT.view(e, -1, t)).sum(1).mul_(ctx.scaling)
+                grad_p = (grad_hp * _by_expert(h_XT, p_eT)).sum(1).mul_(ctx.scaling)
             if need_h:
-                grad_h = grad_hp.mul_((p_eT * ctx.scaling).unsqueeze(1)).view(-1, t)
+                grad_h = grad_hp.mul_((p_eT * ctx.scaling).unsqueeze(1)).view(h_XT.shape)
         return grad, grad_h, grad_p, grad_B, None, None
 
 
@@ -83,7 +87,6 @@ class LowRankUpdate:
 
     def add_to_reference(self, y: Tensor) -> Tensor:
         """The same with every expert's output written out, differentiated by autograd."""
-        e, t = self.p_eT.shape
-        outputs_eTO = torch.einsum("ert,ero->eto", self.h_XT.view(e, -1, t), self.lora_B)
+        outputs_eTO = torch.einsum("ert,ero->eto", _by_expert(self.h_XT, self.p_eT), self.lora_B)
         total = self.scaling * torch.einsum("et,eto->to", self.p_eT, outputs_eTO)
         return y + total.view(y.shape).to(y.dtype)

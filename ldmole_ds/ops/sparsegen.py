@@ -60,7 +60,7 @@ class _Sparsegen(torch.autograd.Function):
         slack = torch.where((slack > 0) & (slack < torch.inf), slack, torch.nan)
         z = u - u.amax(dim, keepdim=True)
         find_support = _support_pairwise if z.shape[dim] <= PAIRWISE_MAX_EXPERTS else _support_sorted
-        support = torch.empty_like(z)
+        support = torch.empty(z.shape, dtype=dtype, device=z.device)
         find_support(z, slack, dim, support)
         k = support.sum(dim, keepdim=True)
         # p_i - 1/k is formed before 1/k is added: the backward for lambda needs it without cancellation.
