@@ -39,14 +39,14 @@ class ExpertWeights:
         scaling: ``lora_alpha / r``.
         low_rank: The caller takes `LowRankUpdate`s where the experts meet the tokens here: the sum in factors, which
             it adds to the frozen projections' outputs without a tensor of their size.
-        h_RT: ``x A^T`` of all local experts, ``(G * e * r, T)``, if the caller has computed it.
+        h: ``x A^T``, G times ``(e * r, T)``, if the caller has computed it.
     """
 
     lora_A: Tensor
     lora_B: Sequence[Tensor]
     scaling: float
     low_rank: bool = False
-    h_RT: Tensor | None = None
+    h: Sequence[Tensor] | None = None
 
 
 def raise_non_finite(layer: str, ranks: list[int] | None = None) -> None:
@@ -63,11 +63,11 @@ def apply_experts(x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights) -> Te
     w_TGE = probs_TGE.to(x_TD.dtype)
     if not experts.low_rank:
         return lora_experts(x_TD, w_TGE, experts.lora_A, experts.lora_B, experts.scaling)
-    h_RT = experts.h_RT
-    if h_RT is None:
-        h_RT, _, _ = shared_input(x_TD, experts.lora_A.flatten(0, 2), None, None)
-    factors = zip(h_RT.chunk(w_TGE.shape[1]), w_TGE.permute(1, 2, 0).unbind(0), experts.lora_B, strict=True)
-    return [LowRankUpdate(h, p, lora_B, experts.scaling) for h, p, lora_B in factors]
+    h = experts.h
+    if h is None:
+        h, _, _ = shared_input(x_TD, experts.lora_A, None, None)
+    factors = zip(h, w_TGE.permute(1, 2, 0).unbind(0), experts.lora_B, strict=True)
+    return [LowRankUpdate(h_XT, p_eT, lora_B, experts.scaling) for h_XT, p_eT, lora_B in factors]
 
 
 class LocalTokenDispatcher:

@@ -179,8 +179,8 @@ class InputGroup(nn.Module):
             x_TD = x.reshape(-1, self.in_features).to(self.lora_A.dtype)
             if self.dropout and self.training:
                 x_TD = dropout(x_TD, self.dropout)
-            h_RT, probs_TGE = self._route(x_TD, context.token_mask(x), context, low_rank)
-            experts = ExpertWeights(self.lora_A, list(self.lora_B), self.scaling, low_rank, h_RT)
+            h, probs_TGE = self._route(x_TD, context.token_mask(x), context, low_rank)
+            experts = ExpertWeights(self.lora_A, list(self.lora_B), self.scaling, low_rank, h)
             updates = self.dispatcher.run(x_TD, probs_TGE, experts, self.name)
         if not isinstance(updates, Tensor):
             return updates
@@ -200,20 +200,18 @@ class InputGroup(nn.Module):
 
     def _route(
         self, x_TD: Tensor, mask_T: Tensor | None, context: ForwardContext, low_rank: bool
-    ) -> tuple[Tensor | None, Tensor]:
-        """``x A^T`` where the dispatcher can use it, and routing weights ``(T, G, E)`` float32.
+    ) -> tuple[Sequence[Tensor] | None, Tensor]:
+        """``x A^T`` by projection where the dispatcher can use it, and routing weights ``(T, G, E)`` float32.
 
         They are zero for tokens that are not routed. In memory both have the tokens innermost.
         """
         num_tokens, num_members = x_TD.shape[0], len(self.members)
-        lora_A = gate = first_layer = lam_T = live_units_H = None
+        lora_A = first_layer = lam_T = live_units_H = None
         if low_rank and getattr(self.dispatcher, "experts_are_here", False):
-            lora_A = self.lora_A.flatten(0, 2)
-        if self.gate is not None:
-            gate = self.gate.flatten(0, 1)
+            lora_A = self.lora_A
         if self.router.uses_lambda:
             first_layer = self.lambda_mlp.first_layer
-        h_RT, logits, hidden_HT = shared_input(x_TD, lora_A, gate, first_layer)
+        h, logits, hidden_HT = shared_input(x_TD, lora_A, self.gate, first_layer)
         if logits is None:
             logits = x_TD.new_zeros(num_members * self.num_experts, num_tokens, dtype=torch.float32)
         if hidden_HT is not None:
@@ -225,7 +223,7 @@ class InputGroup(nn.Module):
         logits, probs = logits.permute(2, 0, 1), probs.permute(2, 0, 1)
         if context.recording and self.gate is not None:
             context.records.append(RoutingRecord(self.name, logits, probs, lam_T, mask_T, live_units_H))
-        return h_RT, probs
+        return h, probs
 
     def extra_repr(self) -> str:
         held = self.topology.local_experts(self.num_experts)

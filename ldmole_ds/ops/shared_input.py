@@ -21,99 +21,107 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# (weight, bias) of the lambda MLP's first layer.
+FirstLayer = tuple[Tensor, Tensor]
+
 
 class _SharedInput(torch.autograd.Function):
+    """Results: one for each projection of lora_A, then those in float32, of which the last has bias and ReLU."""
+
     @staticmethod
-    def forward(ctx, x_TD, bias_H, num_experts_rows, *weights):
-        """``weights``: first those of the experts, then those computed in float32, of which the last has the bias."""
-        split = num_experts_rows
-        ctx.one_product = x_TD.dtype == torch.promote_types(x_TD.dtype, torch.float32)
-        parts = [weights] if ctx.one_product else [weights[:split], weights[split:]]
-        outputs: list[Tensor] = []
-        for i, part in enumerate(parts):
-            if part:
-                product = _stacked(part, i) @ _wide(x_TD, i).t()
-                outputs += product.split([w.shape[0] for w in part])
+    def forward(ctx, x_TD, bias_H, lora_A, *routing):
+        results: list[Tensor] = []
+        for weights, wide in _products(x_TD.dtype, lora_A, routing):
+            sizes = [rows for w in weights for rows in _piece_sizes(w, w is lora_A)]
+            results += (_stacked(weights, wide) @ _cast(x_TD, wide).t()).split(sizes)
+        ctx.bias_dtype = None if bias_H is None else bias_H.dtype
         if bias_H is not None:
-            outputs[-1].add_(_wide(bias_H, 1).unsqueeze(1)).relu_()
-        ctx.split, ctx.bias_dtype = split, None if bias_H is None else bias_H.dtype
-        ctx.save_for_backward(x_TD, outputs[-1] if bias_H is not None else None, *weights)
-        return tuple(outputs)
+            results[-1].add_(_cast(bias_H, True).unsqueeze(1)).relu_()
+        ctx.save_for_backward(x_TD, None if bias_H is None else results[-1], lora_A, *routing)
+        return tuple(results)
 
     @staticmethod
     def backward(ctx, *grads):
-        x_TD, hidden_HT, *weights = ctx.saved_tensors
+        x_TD, hidden_HT, lora_A, *routing = ctx.saved_tensors
         grads, grad_bias = list(grads), None
         if hidden_HT is not None:
             grads[-1] = torch.ops.aten.threshold_backward(grads[-1], hidden_HT, 0)
             grad_bias = grads[-1].sum(1).to(ctx.bias_dtype)
-        need_x, _, _, *need_weights = ctx.needs_input_grad
-        slices = [slice(None)] if ctx.one_product else [slice(ctx.split), slice(ctx.split, None)]
-        grad_x, grad_weights = None, []
-        for i, part in enumerate(slices):
-            if not weights[part]:
-                continue
-            grad_NT, wide_x = torch.cat(grads[part]), _wide(x_TD, i)
+        need_x, _, *need_weights = ctx.needs_input_grad
+        grad_x, grad_weights = None, [] if lora_A is not None else [None]
+        for weights, wide in _products(x_TD.dtype, lora_A, routing):
+            pieces = sum(len(_piece_sizes(w, w is lora_A)) for w in weights)
+            grad_NT, grads = torch.cat(grads[:pieces]), grads[pieces:]
             if need_x:
-                product = (grad_NT.t() @ _stacked(weights[part], i)).to(x_TD.dtype)
+                product = (grad_NT.t() @ _stacked(weights, wide)).to(x_TD.dtype)
                 grad_x = product if grad_x is None else grad_x.add_(product)
             if any(need_weights):
-                product = (grad_NT @ wide_x).to(x_TD.dtype)
-                grad_weights += product.split([w.shape[0] for w in weights[part]])
-        return grad_x, grad_bias, None, *(grad_weights or [None] * len(weights))
+                product = (grad_NT @ _cast(x_TD, wide)).to(x_TD.dtype)
+                rows = product.split([w.numel() // w.shape[-1] for w in weights])
+                grad_weights += [row.view(w.shape) for row, w in zip(rows, weights, strict=True)]
+        return grad_x, grad_bias, *(grad_weights if any(need_weights) else [None] * len(need_weights))
 
 
-def _wide(x: Tensor, part: int) -> Tensor:
-    """float32 (or wider) for the second part, the router's."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)) if part else x
+def _products(dtype: torch.dtype, lora_A: Tensor | None, routing: Sequence[Tensor]) -> list[tuple[list[Tensor], bool]]:
+    """What is multiplied together, and whether in a wider dtype than x's: router and lambda MLP, in half precision."""
+    experts, routing = [] if lora_A is None else [lora_A], list(routing)
+    if dtype.itemsize >= torch.float32.itemsize:
+        return [(experts + routing, False)]
+    return [(weights, wide) for weights, wide in ((experts, False), (routing, True)) if weights]
 
 
-def _stacked(weights: Sequence[Tensor], part: int) -> Tensor:
-    return _wide(torch.cat(weights) if len(weights) > 1 else weights[0], part)
+def _piece_sizes(weight: Tensor, by_projection: bool) -> list[int]:
+    rows = weight.numel() // weight.shape[-1]
+    return [rows // len(weight)] * len(weight) if by_projection else [rows]
+
+
+def _cast(tensor: Tensor, wide: bool) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if wide else tensor
+
+
+def _stacked(weights: Sequence[Tensor], wide: bool) -> Tensor:
+    rows = [w.reshape(-1, w.shape[-1]) for w in weights]
+    return _cast(torch.cat(rows) if len(rows) > 1 else rows[0], wide)
 
 
 def shared_input(
-    x_TD: Tensor,
-    lora_A: Tensor | None,
-    gate: Tensor | None,
-    lambda_in: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x_TD: Tensor, lora_A: Tensor | None, gate: Tensor | None, first_layer: FirstLayer | None
+) -> tuple[list[Tensor] | None, Tensor | None, Tensor | None]:
     """All products of one input; see the module docstring.
 
     Args:
         x_TD: Tokens, ``(T, D)``; T may be 0.
-        lora_A: ``(R, D)``, all rows of the experts' A matrices, in the dtype of x; None when they are not wanted here.
-        gate: ``(N, D)`` router weights, or None.
-        lambda_in: Weight ``(H, D)`` and bias ``(H,)`` of the lambda MLP's first layer, or None.
+        lora_A: ``(G, e, r, D)`` in the dtype of x; None when it is not wanted here.
+        gate: ``(G, E, D)`` router weights, or None.
+        first_layer: Weight ``(H, D)`` and bias ``(H,)`` of the lambda MLP's first layer, or None.
 
     Returns:
-        ``h (R, T)`` in the dtype of x, ``logits (N, T)`` and ``hidden (H, T)`` after the ReLU, both float32 (float64
-        for float64 input); None for what was not asked for.
+        h, G times ``(e * r, T)`` in the dtype of x; logits ``(G * E, T)`` and hidden ``(H, T)`` after the ReLU, both
+        float32 (float64 for float64 input); None for what was not asked for.
     """
     if torch.compiler.is_compiling():
-        return shared_input_reference(x_TD, lora_A, gate, lambda_in)
-    weight_in, bias_in = lambda_in or (None, None)
-    given = [w is not None for w in (lora_A, gate, weight_in)]
-    if not any(given):
+        return shared_input_reference(x_TD, lora_A, gate, first_layer)
+    weight_in, bias_in = first_layer or (None, None)
+    routing = [w for w in (gate, weight_in) if w is not None]
+    if lora_A is None and not routing:
         return None, None, None
-    weights = [w for w in (lora_A, gate, weight_in) if w is not None]
-    results = iter(_SharedInput.apply(x_TD, bias_in, int(given[0]), *weights))
-    h, logits, hidden = (next(results) if there else None for there in given)
-    return h, logits, hidden
+    results = list(_SharedInput.apply(x_TD, bias_in, lora_A, *routing))
+    hidden = None if first_layer is None else results.pop()
+    logits = None if gate is None else results.pop()
+    return None if lora_A is None else results, logits, hidden
 
 
 def shared_input_reference(
-    x_TD: Tensor,
-    lora_A: Tensor | None,
-    gate: Tensor | None,
-    lambda_in: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x_TD: Tensor, lora_A: Tensor | None, gate: Tensor | None, first_layer: FirstLayer | None
+) -> tuple[list[Tensor] | None, Tensor | None, Tensor | None]:
     """The same, product by product, differentiated by autograd."""
-    wide = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-    h = None if lora_A is None else F.linear(x_TD, lora_A).t()
-    logits = None if gate is None else F.linear(wide, gate.to(wide.dtype)).t()
-    hidden = None
-    if lambda_in is not None:
-        weight, bias = (t.to(wide.dtype) for t in lambda_in)
+    wide = _cast(x_TD, True)
+    h = logits = hidden = None
+    if lora_A is not None:
+        h = [F.linear(x_TD, a.flatten(0, 1)).t() for a in lora_A]
+    if gate is not None:
+        logits = F.linear(wide, gate.flatten(0, 1).to(wide.dtype)).t()
+    if first_layer is not None:
+        weight, bias = (t.to(wide.dtype) for t in first_layer)
         hidden = F.linear(wide, weight, bias).relu().t()
     return h, logits, hidden

@@ -1,6 +1,6 @@
 """One product for all that reads an input, against product by product.
 
-T tokens, D in_features, R rows of the experts, N router rows, H hidden units.
+T tokens, D in_features, G projections, E experts, R rank, H hidden units.
 """
 
 import itertools
@@ -10,20 +10,20 @@ import torch
 
 from ldmole_ds.ops.shared_input import shared_input, shared_input_reference
 
-R, N, H = 6, 4, 5
-GIVEN = [given for given in itertools.product([True, False], repeat=3)]
+G, E, R, H = 2, 3, 2, 5
+GIVEN = list(itertools.product([True, False], repeat=3))
 
 
 def inputs_of(t=7, d=3, dtype=torch.float64):
-    shapes = [(t, d), (R, d), (N, d), (H, d), (H,)]
+    shapes = [(t, d), (G, E, R, d), (G, E, d), (H, d), (H,)]
     return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
 
 
 def call(function, given, x, lora_A, gate, weight, bias):
     experts, router, lam = given
-    results = function(x, lora_A if experts else None, gate if router else None, (weight, bias) if lam else None)
-    assert [result is not None for result in results] == list(given)
-    return tuple(result for result in results if result is not None)
+    h, *others = function(x, lora_A if experts else None, gate if router else None, (weight, bias) if lam else None)
+    assert [result is not None for result in (h, *others)] == list(given)
+    return tuple(result for result in (*(h or ()), *others) if result is not None)
 
 
 @pytest.mark.parametrize("given", GIVEN, ids=str)
@@ -51,14 +51,14 @@ def test_gradcheck():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_router_and_lambda_in_float32(dtype):
     inputs = inputs_of(dtype=dtype)
-    h, logits, hidden = call(shared_input, (True,) * 3, *inputs)
-    assert (h.dtype, logits.dtype, hidden.dtype) == (dtype, torch.float32, torch.float32)
+    *h, logits, hidden = call(shared_input, (True,) * 3, *inputs)
+    assert [t.dtype for t in (*h, logits, hidden)] == [dtype, dtype, torch.float32, torch.float32]
     x, _, gate, weight, bias = (t.detach().float() for t in inputs)
-    torch.testing.assert_close(logits, gate @ x.t())
+    torch.testing.assert_close(logits, gate.flatten(0, 1) @ x.t())
     torch.testing.assert_close(hidden, (weight @ x.t() + bias.unsqueeze(1)).relu())
     expected = call(shared_input_reference, (True,) * 3, *inputs)
     cotangents = [torch.randn_like(value) for value in expected]
-    grads = torch.autograd.grad((h, logits, hidden), inputs, cotangents)
+    grads = torch.autograd.grad((*h, logits, hidden), inputs, cotangents)
     wanted = torch.autograd.grad(expected, inputs, cotangents)
     for grad, value, tensor in zip(grads, wanted, inputs, strict=True):
         assert grad.dtype == tensor.dtype == dtype
