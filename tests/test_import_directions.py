@@ -14,18 +14,20 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 
 # What each area may import besides itself. `import ldmole_ds` itself is refused in all of them: it is the public API,
 # which imports from everywhere.
-_LOWER = ["config", "ops", "distributed", "layers", "model"]
+_LOWER = ["config", "ops", "distributed", "checkpoint", "layers", "model"]
 MAY_IMPORT = {area: set(_LOWER[:i]) for i, area in enumerate(_LOWER)}
 MAY_IMPORT["tasks"] = set(_LOWER)
 MAY_IMPORT["training"] = {*_LOWER, "tasks"}
 MAY_IMPORT["analysis"] = {*_LOWER, "tasks"}
 MAY_IMPORT["parity"] = set(_LOWER)
+MAY_IMPORT["doctor"] = set(_LOWER)
 
 # Where a framework may be imported: a file, or a folder with its trailing slash.
 FRAMEWORK_HOMES = {
     "deepspeed": (
         "distributed/deepspeed_engine.py",
         "distributed/deepspeed_groups.py",
+        "distributed/deepspeed_private.py",
         "distributed/zero.py",
         "training/",
         "parity/engine.py",

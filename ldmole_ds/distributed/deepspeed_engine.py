@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from ldmole_ds.distributed.deepspeed_groups import TESTED_VERSION, create_expert_groups, is_expert_parameter
+from ldmole_ds.distributed.deepspeed_groups import is_expert_parameter
+from ldmole_ds.distributed.deepspeed_private import ENGINE_HOOK, check_placement, create_expert_groups, private
 
 MARKER_NAME = "expert_parallel_marker"
-_HOOK = "_configure_distributed_model"
 
 
 def prepare_engines() -> None:
@@ -29,9 +29,8 @@ def prepare_engines() -> None:
     module = sys.modules.get("deepspeed.runtime.engine")
     if module is None:
         return
-    take_in = getattr(module.DeepSpeedEngine, _HOOK, None)
-    if take_in is None:
-        raise RuntimeError(f"DeepSpeed's engine has no {_HOOK}: {TESTED_VERSION}")
+    engine_class = private(module, "DeepSpeedEngine")
+    take_in = private(engine_class, ENGINE_HOOK)
     if getattr(take_in, "prepares_experts", False):
         return
 
@@ -41,7 +40,7 @@ def prepare_engines() -> None:
         return take_in(engine, model)
 
     prepared.prepares_experts = True
-    setattr(module.DeepSpeedEngine, _HOOK, prepared)
+    setattr(engine_class, ENGINE_HOOK, prepared)
 
 
 def _prepare_model(model: nn.Module, engine: Any) -> None:
@@ -66,6 +65,7 @@ def _prepare_model(model: nn.Module, engine: Any) -> None:
         )
     create_expert_groups(ep_size)
     if stage == 3:
+        check_placement()
         model._modules.pop(MARKER_NAME, None)
     elif MARKER_NAME not in model._modules:
         model.add_module(MARKER_NAME, _moe_marker(ep_size))
@@ -73,9 +73,8 @@ def _prepare_model(model: nn.Module, engine: Any) -> None:
 
 def _moe_marker(ep_size: int) -> nn.Module:
     """An empty module of DeepSpeed's MoE type. With no local experts, no per-expert files are written or looked for."""
-    from deepspeed.moe.layer import MoE
 
-    class ExpertParallelMarker(MoE):
+    class ExpertParallelMarker(private("deepspeed.moe.layer", "MoE")):
         def __init__(self) -> None:
             nn.Module.__init__(self)
             self.num_experts = ep_size

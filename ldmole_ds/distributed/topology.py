@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from ldmole_ds.distributed import deepspeed_groups
+from ldmole_ds.distributed import deepspeed_groups, deepspeed_private
 from ldmole_ds.distributed.deepspeed_engine import prepare_engines
 
 
@@ -87,7 +87,7 @@ def expert_parallel(ep_size: int = 1) -> ExpertParallel:
         return ExpertParallel(world_size=world_size, rank=rank)
     prepare_engines()
     if deepspeed_groups.is_initialized():
-        ep_group, edp_group = deepspeed_groups.create_expert_groups(ep_size)
+        ep_group, edp_group = deepspeed_private.create_expert_groups(ep_size)
     else:
         ep_group, edp_group = _create_groups(ep_size, world_size, rank)
     topology = ExpertParallel(ep_size, dist.get_rank(ep_group), ep_group, edp_group, world_size, rank)

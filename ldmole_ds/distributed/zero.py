@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import nn
 
+from ldmole_ds.distributed.deepspeed_private import parameters_in_flight, private, whole_shape
+
 
 def is_zero3_parameter(param: torch.Tensor) -> bool:
     """Whether ``param`` is partitioned by ZeRO-3 (its data may be absent)."""
@@ -35,14 +37,14 @@ def finish_prefetches(model: nn.Module) -> None:
 
     After an evaluation some always are; gathering them a second time would abort.
     """
-    in_flight = getattr(model, "ds_inflight_param_registry", None) or {}
+    in_flight = parameters_in_flight(model)
     for param in list(in_flight):
         in_flight.pop(param).wait()
 
 
 def full_shape(param: torch.Tensor) -> torch.Size:
     """The whole parameter's shape, also while ZeRO-3 has released its data."""
-    return torch.Size(param.ds_shape) if is_zero3_parameter(param) else param.shape
+    return whole_shape(param) if is_zero3_parameter(param) else param.shape
 
 
 def partitioned_init(config: dict) -> AbstractContextManager:
@@ -62,8 +64,9 @@ def outside_partitioned_init() -> Iterator[None]:
     if partitioning is None:
         yield
         return
-    partitioning.shutdown_init_context()
+    leave, enter = private(partitioning, "shutdown_init_context"), private(partitioning, "restore_init_context")
+    leave()
     try:
         yield
     finally:
-        partitioning.restore_init_context()
+        enter()

@@ -23,11 +23,10 @@ class AdaptedLinear(nn.Module):
         # Not registered as a child: several adapted linears share one group.
         self.__dict__["group"] = group
         self.member = member
-        self.enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., D) -> (..., O)``."""
-        if not self.enabled:
+        if not self.group.holder.enabled:
             return self.base_layer(x)
         update = self.group.update_of(self.member, x)
         y = self.base_layer(x)

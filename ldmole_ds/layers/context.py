@@ -63,10 +63,14 @@ class ForwardContext:
 
 
 class ContextHolder:
-    """The slot through which groups find the running forward pass; ``current`` is None between passes."""
+    """The slot through which groups find the running forward pass; ``current`` is None between passes.
+
+    While ``enabled`` is False the adapted layers are their frozen layers alone.
+    """
 
     def __init__(self) -> None:
         self.current: ForwardContext | None = None
+        self.enabled = True
 
     @contextmanager
     def use(self, context: ForwardContext) -> Iterator[ForwardContext]:

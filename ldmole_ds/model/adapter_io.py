@@ -20,25 +20,19 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from ldmole_ds.checkpoint import TrainingState, has_training_state, problem_of
 from ldmole_ds.config import CONFIG_NAME, WEIGHTS_NAME
+from ldmole_ds.distributed import ExpertParallel
 from ldmole_ds.distributed.zero import finish_prefetches, full_shape, gathered
+from ldmole_ds.model.adapter_checks import check_values
+from ldmole_ds.model.canonical import L1_EXPONENT, adapter_state, canonical_shapes, lambda_mlps, saved_modules
 from ldmole_ds.model.quantized import num_weights
 
 if TYPE_CHECKING:
     from ldmole_ds.layers import InputGroup
     from ldmole_ds.model.ldmole_model import LDMoLEModel
-
-
-def _lambda_mlps(model: LDMoLEModel) -> dict[str, nn.Module]:
-    if model.lambda_mlps:
-        return dict(model.lambda_mlps.items())
-    return {g.name: g.lambda_mlp for g in model.input_groups if g.lambda_mlp is not None}
-
-
-def _saved_modules(model: LDMoLEModel) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.base_model.named_parameters() if p.requires_grad}
 
 
 def _all_experts(value: Tensor, group: InputGroup, dim: int) -> Tensor:
@@ -74,15 +68,15 @@ def gather_adapter_state(model: LDMoLEModel, *, keep: bool = True) -> dict[str, 
                 put(f"{path}.lora_B", lora_B[g].transpose(1, 2))
                 if group.gate is not None:
                     put(f"{path}.router", group.gate[g])
-    for key, mlp in _lambda_mlps(model).items():
+    for key, mlp in lambda_mlps(model).items():
         with gathered(mlp.parameters()):
             for name, param in mlp.named_parameters():
                 put(f"lambda_mlp.{key}.{name}", param)
-    for name, param in _saved_modules(model).items():
+    for name, param in saved_modules(model).items():
         with gathered([param]):
             put(name, param)
     if model.adaptive_l1 is not None:
-        put("adaptive_l1.exponent", model.adaptive_l1.exponent)
+        put(L1_EXPONENT, model.adaptive_l1.exponent)
     return state
 
 
@@ -103,7 +97,12 @@ def save_adapter(model: LDMoLEModel, folder: Path) -> None:
             write_atomically(folder / CONFIG_NAME, lambda path: path.write_text(config, encoding="utf-8"))
         except (OSError, SafetensorError) as caught:  # a full disk is the latter
             error = f"the adapter could not be saved in {folder}: {caught}"
-    if model.topology.world_size > 1:
+    raise_on_all_ranks(model.topology, error)
+
+
+def raise_on_all_ranks(topology: ExpertParallel, error: str | None) -> None:
+    """Raise rank 0's ``error``, if it has one, as an `OSError` on every rank. Collective."""
+    if topology.world_size > 1:
         box = [error]
         dist.broadcast_object_list(box, src=0)
         error = box[0]
@@ -136,31 +135,42 @@ def read_state(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-@torch.no_grad()
-def load_adapter(model: LDMoLEModel, folder: Path) -> None:
-    """Load a folder written by `save_adapter` into a model of any layout; each rank takes its own experts.
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """The adapter of an adapter's or a checkpoint's folder, on the CPU. Safetensors only: no pickle is ever opened.
+
+    A checkpoint gives its float32 weights, after its files are compared with their manifest.
 
     Raises:
-        ValueError: tensors are missing, unknown or of another shape.
+        FileNotFoundError: The folder holds no adapter weights.
+        ValueError: A file is damaged, or a tensor is empty, not floating point, or not finite.
+        CheckpointError: The checkpoint contradicts itself.
     """
-    load_state(model, read_state(folder / WEIGHTS_NAME), source=str(folder / WEIGHTS_NAME))
+    if has_training_state(folder):
+        problem = problem_of(folder)
+        if problem:
+            raise ValueError(f"{folder} is damaged: {problem}; use another checkpoint")
+        state = adapter_state(TrainingState(folder))
+        check_values(state, folder)
+        return state
+    path = folder / WEIGHTS_NAME
+    if not path.is_file() and (folder / "adapter_model.bin").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds adapter_model.bin, which is a pickle and is never read, but no {WEIGHTS_NAME}: save the "
+            "adapter again with save_pretrained, or have someone who trusts the file convert it"
+        )
+    state = read_state(path)
+    check_values(state, path)
+    return state
 
 
 def expected_shapes(model: LDMoLEModel) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the model's canonical state; needs no weights and no collective."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for group in model.input_groups:
-        experts = group.num_experts
-        for path, out_features in zip(group.members, group.out_features, strict=True):
-            shapes[f"{path}.lora_A"] = (experts, group.r, group.in_features)
-            shapes[f"{path}.lora_B"] = (experts, out_features, group.r)
-            if group.gate is not None:
-                shapes[f"{path}.router"] = (experts, group.in_features)
-    for key, mlp in _lambda_mlps(model).items():
-        shapes.update({f"lambda_mlp.{key}.{name}": tuple(full_shape(p)) for name, p in mlp.named_parameters()})
-    shapes.update({name: tuple(full_shape(p)) for name, p in _saved_modules(model).items()})
+    """Keys and shapes of the adapter file; needs no weights and no collective."""
+    shapes = canonical_shapes(model)
+    for key in [key for key in shapes if key.endswith(".lora_B")]:
+        experts, r, out_features = shapes[key]
+        shapes[key] = (experts, out_features, r)
     if model.adaptive_l1 is not None:
-        shapes["adaptive_l1.exponent"] = ()
+        shapes[L1_EXPONENT] = ()
     return shapes
 
 
@@ -179,7 +189,11 @@ def _check_state(model: LDMoLEModel, state: dict[str, Tensor], source: str) -> N
 
 @torch.no_grad()
 def load_state(model: LDMoLEModel, state: dict[str, Tensor], source: str) -> None:
-    """Load a canonical state; see `load_adapter`."""
+    """Load a canonical state into a model of any layout; each rank takes its own experts. Collective under ZeRO-3.
+
+    Raises:
+        ValueError: Tensors are missing, unknown or of another shape; the model is as it was.
+    """
     _check_state(model, state, source)
     finish_prefetches(model)
     for group in model.input_groups:
@@ -191,15 +205,15 @@ def load_state(model: LDMoLEModel, state: dict[str, Tensor], source: str) -> Non
                 group.lora_B[g].data.copy_(state[f"{path}.lora_B"][held].transpose(1, 2))
                 if group.gate is not None:
                     group.gate.data[g].copy_(state[f"{path}.router"])
-    for key, mlp in _lambda_mlps(model).items():
+    for key, mlp in lambda_mlps(model).items():
         with gathered(mlp.parameters(), modifier_rank=0):
             for name, param in mlp.named_parameters():
                 param.data.copy_(state[f"lambda_mlp.{key}.{name}"])
-    for name, param in _saved_modules(model).items():
+    for name, param in saved_modules(model).items():
         with gathered([param], modifier_rank=0):
             param.data.copy_(state[name])
     if model.adaptive_l1 is not None:
-        model.adaptive_l1.exponent.copy_(state["adaptive_l1.exponent"])
+        model.adaptive_l1.exponent.copy_(state[L1_EXPONENT])
 
 
 def count_parameters(model: LDMoLEModel) -> dict[str, int]:

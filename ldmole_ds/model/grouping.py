@@ -111,3 +111,15 @@ def _instance(template: tuple[str, ...], first: str, targets: dict[str, nn.Modul
     layer = _layer_key(first)
     members = [name for t in template for name in targets if _template(name) == t and _layer_key(name) == layer]
     return members if len(members) == len(template) else None
+
+
+def group_name(members: list[str]) -> str:
+    """``model.layers.0.self_attn.{q_proj,k_proj,v_proj}`` for three siblings, or the one full name."""
+    if len(members) == 1:
+        return members[0]
+    split = [m.split(".") for m in members]
+    depth = 0
+    while all(len(s) > depth + 1 and s[depth] == split[0][depth] for s in split):
+        depth += 1
+    rests = ",".join(".".join(s[depth:]) for s in split)
+    return ".".join([*split[0][:depth], "{" + rests + "}"])

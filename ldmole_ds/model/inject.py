@@ -16,7 +16,7 @@ from ldmole_ds.layers import AdaptedLinear, InputGroup, LambdaMLP, build_router
 from ldmole_ds.layers.context import ContextHolder
 from ldmole_ds.layers.input_group import seeded_generator
 from ldmole_ds.model.dispatch_plan import DispatchSettings, GroupShape, plan_dispatch
-from ldmole_ds.model.grouping import find_input_groups
+from ldmole_ds.model.grouping import find_input_groups, group_name
 from ldmole_ds.model.layer_experts import expert_counts
 from ldmole_ds.model.ldmole_model import LDMoLEModel
 from ldmole_ds.model.quantized import is_quantized, layer_dtype, prepare_quantized_layers
@@ -105,7 +105,7 @@ def get_ldmole_model(
     lambda_mlps: dict[str, LambdaMLP] = {}
     input_groups = []
     for members, shape, dispatcher in zip(groups, shapes, dispatchers, strict=True):
-        in_features, name, first = shape.in_features, _group_name(members), targets[members[0]]
+        in_features, name, first = shape.in_features, group_name(members), targets[members[0]]
         dtype, device = _adapter_dtype(config, first, base_model), first.weight.device
         lambda_mlp = None
         if router.uses_lambda:
@@ -179,18 +179,6 @@ def _checked_groups(config: LDMoLEConfig, targets: dict[str, nn.Module]) -> list
             f"{' ...' if len(difference) > 4 else ''} ({len(difference)} in all)"
         )
     return config.projection_groups
-
-
-def _group_name(members: list[str]) -> str:
-    """``model.layers.0.self_attn.{q_proj,k_proj,v_proj}`` for three siblings, or the one full name."""
-    if len(members) == 1:
-        return members[0]
-    split = [m.split(".") for m in members]
-    depth = 0
-    while all(len(s) > depth + 1 and s[depth] == split[0][depth] for s in split):
-        depth += 1
-    rests = ",".join(".".join(s[depth:]) for s in split)
-    return ".".join([*split[0][:depth], "{" + rests + "}"])
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

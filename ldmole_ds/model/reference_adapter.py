@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ldmole_ds.model import adapter_io
+from ldmole_ds.model.adapter_checks import check_values
 
 if TYPE_CHECKING:
     from ldmole_ds.model.ldmole_model import LDMoLEModel
@@ -72,7 +73,7 @@ def load_reference_adapter(model: LDMoLEModel, state_dict_or_path: dict[str, Ten
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, holds anything but tensors, or does not fit the model.
+        ValueError: The file is damaged, holds anything but finite tensors, or does not fit the model.
     """
     source = "the reference adapter"
     state = state_dict_or_path
@@ -82,7 +83,9 @@ def load_reference_adapter(model: LDMoLEModel, state_dict_or_path: dict[str, Ten
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file: give the .safetensors or .bin file the authors' code wrote")
         state = adapter_io.read_state(path) if path.suffix == ".safetensors" else _read_pickled(path)
-    adapter_io.load_state(model, convert_reference_state(model, state), source=source)
+    converted = convert_reference_state(model, state)
+    check_values(converted, source)
+    adapter_io.load_state(model, converted, source=source)
 
 
 def _read_pickled(path: Path) -> dict[str, Tensor]:

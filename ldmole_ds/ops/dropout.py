@@ -38,7 +38,7 @@ class _Dropout(torch.autograd.Function):
         mask = _keep_mask_op(x, dropped) if torch.compiler.is_compiling() else keep_mask(x, dropped)
         ctx.save_for_backward(mask)
         ctx.scale = 2**16 / (2**16 - dropped) if dropped < 2**16 else 0.0
-        return mask.to(x.dtype).mul_(ctx.scale).mul_(x)
+        return mask.to(x.dtype).mul_(ctx.scale) * x  # not in place: torch 2.11 would lose the gradient when compiling
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:

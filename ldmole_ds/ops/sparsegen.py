@@ -65,10 +65,11 @@ class _Sparsegen(torch.autograd.Function):
         k = support.sum(dim, keepdim=True)
         # p_i - 1/k is formed before 1/k is added: the backward for lambda needs it without cancellation.
         centred = (z - (z * support).sum(dim, keepdim=True).div_(k)).div_(slack)
-        probs = (centred + 1 / k).clamp_(min=0).mul_(support)
+        # A new tensor: compiled by torch 2.11, an output made in place, or by a cast to its dtype, has no gradient.
+        probs = (centred + 1 / k).clamp_(min=0) * support
         ctx.save_for_backward(support, centred, slack)
         ctx.logits_dtype, ctx.lam_dtype, ctx.dim = logits.dtype, lam.dtype, dim
-        return probs.to(logits.dtype)
+        return probs if probs.dtype == logits.dtype else probs.to(logits.dtype)
 
     @staticmethod
     def backward(ctx, grad_probs: Tensor) -> tuple[Tensor, Tensor, None]:

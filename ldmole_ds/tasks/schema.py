@@ -14,33 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldmole_ds.tasks import fields
+from ldmole_ds.tasks.benchmarks.choices import CHOICE_SCHEMA, choice_item
+from ldmole_ds.tasks.item import Question
 from ldmole_ds.tasks.labels import LabelSet, label_name, listed
-from ldmole_ds.tasks.prompt import (
-    MAX_OPTIONS,
-    MIN_OPTIONS,
-    classification_prompt,
-    multiple_choice_candidates,
-    multiple_choice_prompt,
-)
+from ldmole_ds.tasks.prompt import classification_prompt
 from ldmole_ds.tasks.rows import DataError, Row, number_rows, read_rows
 
-_CHOICE_SCHEMA = '{"question": ..., "choices": {"text": [...], "label": [...]}, "answerKey": ...}'
 _COLUMN_HINT = "or name the columns of a text-and-label file with --text_column and --label_column"
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt and the continuations among which a model must find the right one.
-
-    Attributes:
-        prompt: Text up to the answer.
-        candidates: The possible continuations, each with its leading space.
-        gold: Index of the right candidate.
-    """
-
-    prompt: str
-    candidates: tuple[str, ...]
-    gold: int
 
 
 def read_questions(
@@ -183,7 +164,7 @@ def _is_multiple_choice(first: Row, columns: _Columns) -> bool:
         return False
     raise DataError(
         f"{first.where}: no known schema in the keys {listed(list(keys)) or 'of an empty object'}; expected "
-        f'{_CHOICE_SCHEMA} or {{"text": ..., "label": ...}}, {_COLUMN_HINT}'
+        f'{CHOICE_SCHEMA} or {{"text": ..., "label": ...}}, {_COLUMN_HINT}'
     )
 
 
@@ -201,46 +182,11 @@ def _text_and_label(row: Row, columns: _Columns) -> tuple[str, str]:
             f"{row.where}: no key {column!r}; expected {columns.text!r} and {columns.label!r}, "
             "or other columns with --text_column and --label_column"
         )
-    text = _text(row.fields[columns.text], repr(columns.text), row.where)
+    text = fields.text(row.fields[columns.text], repr(columns.text), row.where)
     return text, label_name(row.fields[columns.label], row.where, columns.label, columns.label_names)
 
 
 def _choice_question(row: Row, columns: _Columns) -> Question:
-    fields, where = row.fields, row.where
-    if "choices" not in fields and columns.looks_labelled(row):
-        raise DataError(f"{where}: the row is text and label; expected multiple choice, as in the first row")
-    stem = "question_stem" if "question" not in fields and "question_stem" in fields else "question"
-    for key in (stem, "choices", "answerKey"):
-        if key not in fields:
-            raise DataError(f"{where}: no key {key!r}; expected {_CHOICE_SCHEMA}, {_COLUMN_HINT}")
-    question = _text(fields[stem], repr(stem), where)
-    options, labels = _choices(fields["choices"], where)
-    answer = fields["answerKey"]
-    if answer not in labels:
-        raise DataError(f"{where}: answerKey {answer!r} is not among the option labels; expected {listed(labels)}")
-    return Question(
-        multiple_choice_prompt(question, options), multiple_choice_candidates(options), labels.index(answer)
-    )
-
-
-def _choices(choices: Any, where: str) -> tuple[list[str], list[str]]:
-    if not isinstance(choices, Mapping) or not all(isinstance(choices.get(key), list) for key in ("text", "label")):
-        raise DataError(f'{where}: "choices" has the wrong form; expected {{"text": [...], "label": [...]}}')
-    options = [_text(value, f"option {n}", where) for n, value in enumerate(choices["text"], start=1)]
-    labels = [_text(value, f"option label {n}", where) for n, value in enumerate(choices["label"], start=1)]
-    if len(options) != len(labels):
-        raise DataError(f"{where}: choices has {len(options)} texts and {len(labels)} labels; expected as many of each")
-    if not MIN_OPTIONS <= len(options) <= MAX_OPTIONS:
-        raise DataError(f"{where}: the question has {len(options)} options; expected {MIN_OPTIONS} to {MAX_OPTIONS}")
-    repeated = [label for label in labels if labels.count(label) > 1]
-    if repeated:
-        raise DataError(f"{where}: option label {repeated[0]!r} occurs twice; expected labels that differ")
-    return options, labels
-
-
-def _text(value: Any, name: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {name} is of type {type(value).__name__}; expected a string")
-    if not value.strip():
-        raise DataError(f"{where}: {name} is empty; expected some text")
-    return value
+    if "choices" not in row.fields and columns.looks_labelled(row):
+        raise DataError(f"{row.where}: the row is text and label; expected multiple choice, as in the first row")
+    return choice_item(row, f", {_COLUMN_HINT}").as_question("letters")

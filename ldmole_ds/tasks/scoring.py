@@ -34,7 +34,8 @@ def score_candidates(model: nn.Module, batch: Mapping[str, Tensor], *, single_to
             False: `C` forward passes, one for each place in the list of candidates.
 
     Returns:
-        (B, C), float32: the log-probability of the candidate's tokens given the prompt; -inf where there is none.
+        (B, C), float32: the log-probability of the candidate's tokens given the prompt, divided by its length if the
+        question has lengths; -inf where there is none.
     """
     candidate_ids = batch["candidate_ids"]  # (B, C, L)
     if single_token and candidate_ids.shape[-1] != 1:
@@ -50,7 +51,7 @@ def score_candidates(model: nn.Module, batch: Mapping[str, Tensor], *, single_to
     else:
         slots = [_score_slot(model, prompt_ids, prompt_mask, ids) for ids in candidate_ids.unbind(dim=1)]
         scores = torch.stack(slots, dim=1)
-    return scores.masked_fill(~present, float("-inf"))
+    return (scores / batch["candidate_lengths"]).masked_fill(~present, float("-inf"))
 
 
 def accuracy(scores: Tensor, gold: Tensor) -> float:
@@ -77,7 +78,7 @@ def score_candidates_reference(model: nn.Module, question: EncodedQuestion) -> T
         first = len(question.prompt_ids)
         # The logits at a position are about the token after it.
         scores.append(sum(log_probs[first + i - 1, token] for i, token in enumerate(candidate)))
-    return torch.stack(scores)
+    return torch.stack(scores) / torch.tensor(question.lengths or [1], device=device)
 
 
 def _prompts(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

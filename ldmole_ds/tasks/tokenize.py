@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ldmole_ds.tasks.item import Question
 from ldmole_ds.tasks.rows import DataError
-from ldmole_ds.tasks.schema import Question
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,19 @@ class EncodedQuestion:
 
     Attributes:
         prompt_ids: The prompt, beginning with the tokenizer's BOS where it has one, never ending with its EOS.
-        candidate_ids: The tokens of each candidate, without special tokens; no two are equal, none begins another.
+        candidate_ids: The tokens of each candidate, without special tokens; no two are equal, none begins another
+            (but with `lengths` they may).
         gold: Index of the right candidate.
         num_cut_tokens: Prompt tokens that were cut to keep to `max_length`.
+        lengths, task: As of the `Question`.
     """
 
     prompt_ids: tuple[int, ...]
     candidate_ids: tuple[tuple[int, ...], ...]
     gold: int
     num_cut_tokens: int = 0
+    lengths: tuple[int, ...] | None = None
+    task: str = ""
 
 
 def encode_question(tokenizer: PreTrainedTokenizerBase, question: Question, max_length: int) -> EncodedQuestion:
@@ -54,7 +58,8 @@ def encode_question(tokenizer: PreTrainedTokenizerBase, question: Question, max_
             f"any prompt; raise --max_length to at least {longest + len(special_ids) + 1}, better to several hundred"
         )
     num_cut = max(0, len(text_ids) - room)
-    return EncodedQuestion((*special_ids, *text_ids[num_cut:]), candidate_ids, question.gold, num_cut)
+    prompt_ids = (*special_ids, *text_ids[num_cut:])
+    return EncodedQuestion(prompt_ids, candidate_ids, question.gold, num_cut, question.lengths, question.task)
 
 
 class ChoiceDataset(Dataset):
@@ -78,7 +83,8 @@ class ChoiceDataset(Dataset):
         lengths = [len(ids) for question in self.questions for ids in question.candidate_ids]
         self.max_candidates = max(len(question.candidate_ids) for question in self.questions)
         self.max_candidate_length = max(lengths)
-        # Candidates of one question differ (encode_question sees to it), so a token each is a token of their own.
+        # Candidates of one question differ (encode_question sees to it) unless they are one text twice, so a token each
+        # is a token of their own.
         self.single_token = self.max_candidate_length == 1
         self.num_truncated = sum(question.num_cut_tokens > 0 for question in self.questions)
 
@@ -114,6 +120,9 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[i
 
 def _candidate_ids(tokenizer: PreTrainedTokenizerBase, question: Question) -> tuple[tuple[int, ...], ...]:
     encoded = _continuations(tokenizer, question.prompt, question.candidates)
+    if question.lengths is not None:
+        # Scores by character: a text that begins another has no advantage, and one text twice is scored twice.
+        return encoded
     if _first_that_begins_another(encoded) is not None:
         # " travel" would always outscore " travel alert", whose probability is that of " travel" times another. A line
         # break after each candidate makes " travel" say that it ends there.

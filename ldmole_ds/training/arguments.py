@@ -7,9 +7,8 @@ Hugging Face's own `TrainingArguments`.
 from __future__ import annotations
 
 import dataclasses
-import sys
 import typing
-from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, Namespace
+from argparse import SUPPRESS, Namespace
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 
@@ -17,7 +16,10 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ldmole_ds.config import EXPERT_DISPATCH, PRESETS, QUANTIZATIONS, LDMoLEConfig
 from ldmole_ds.layers.routers import ROUTERS
+from ldmole_ds.tasks import SCORINGS, TASKS, DataError, tasks_of
 from ldmole_ds.training.batch import BatchArguments
+from ldmole_ds.training.flags import Formatter, raise_user_error
+from ldmole_ds.training.flags import field_with_help as _field
 from ldmole_ds.training.runtime import UserError
 from ldmole_ds.training.settings_file import as_argv, read_settings_file
 
@@ -31,10 +33,6 @@ _COMMON_TRAINING_FLAGS = {
     "resume_from_checkpoint", "report_to", "seed", "data_seed", "deepspeed", "ddp_timeout", "disable_tqdm",
     "push_to_hub",
 }  # fmt: skip
-
-
-def _field(default, text, **kwargs):
-    return field(default=default, metadata={"help": text, **kwargs})
 
 
 @dataclass
@@ -60,6 +58,12 @@ class ModelArguments:
     attn_implementation: str | None = _field(None, "eager, sdpa, flash_attention_2, ...; default: the model's own.")
     revision: str = _field("main", "Branch, tag or commit of a hub model.")
     trust_remote_code: bool = _field(False, "Run model code from the hub. Only for code you have read.")
+    adapter_name_or_path: str | None = _field(
+        None,
+        "Train on from this adapter (folder of a run, checkpoint or adapter, or hub id), with any --ep_size. It brings "
+        "its settings, and its base model unless --model_name_or_path is given.",
+    )
+    adapter_revision: str | None = _field(None, "Branch, tag or commit of an adapter on the hub.")
     token: str | None = _field(None, "Access token for gated hub models (default: the one stored by `hf auth login`).")
 
 
@@ -76,9 +80,31 @@ class DataArguments:
     )
     validation_file: str | None = _field(None, "Held-out file in the same schema.")
     dataset_name: str | None = _field(None, "Hub dataset in one of these schemas, instead of files.")
+    task: str | None = _field(
+        None,
+        f"Benchmarks instead of files, one or several with commas: {', '.join(TASKS)} (docs/tasks.md). Multiple choice "
+        "sets --label_smoothing_factor to 0.1.",
+    )
+    data_dir: str | None = _field(
+        None, "Folder with TASK/SPLIT.jsonl in the schemas of the hub datasets; default: the hub."
+    )
+    mixture: str = _field(
+        "size",
+        "How several tasks share an epoch: size (every row once), equal (the same number of rows of each, small tasks "
+        "repeated) or weights such as 1:2:1.",
+    )
+    scoring: str | None = _field(
+        None,
+        "letters: options are lettered in the prompt, the letter is the answer. cloze: the option's text is, its "
+        "log-probability divided by its characters. Default: letters; clinc_domains: cloze.",
+        choices=SCORINGS,
+    )
     dataset_config_name: str | None = _field(None, "Configuration of the hub dataset.")
-    train_split: str = _field("train", "Split of the hub dataset to train on.")
-    validation_split: str = _field("validation", "Split of the hub dataset to evaluate on, if it has one.")
+    train_split: str = _field("train", "Split of the hub dataset or task to train on.")
+    validation_split: str | None = _field(
+        None,
+        "Split to evaluate on; default: validation of a hub dataset if it has one, the reported split of a task.",
+    )
     text_column: str | None = _field(None, "Column with the text (default: text).")
     label_column: str | None = _field(None, "Column with the label (default: label).")
     label_words: str | None = _field(None, "JSON file {label: word to answer with}; default: the label itself.")
@@ -108,6 +134,13 @@ class LayoutArguments:
         0, "Dispatch at most so many tokens of a rank at once, which bounds memory under any skew. 0: all at once."
     )
     overwrite_output_dir: bool = _field(False, "Write into an output folder that already holds a run.")
+    resume: str = _field(
+        "never",
+        "auto: go on from the newest whole checkpoint in --output_dir (also on other ranks, --ep_size or ZeRO stage), "
+        "or start if there is none: one command for a job that the cluster stops and submits again. "
+        "--resume_from_checkpoint names one.",
+        choices=("never", "auto"),
+    )
 
 
 def _adapter_arguments() -> type:
@@ -143,26 +176,6 @@ class LDMoLETrainingArguments(TrainingArguments):
     )
 
 
-class _Formatter(ArgumentDefaultsHelpFormatter):
-    """One line per flag: no spelling with hyphens beside the one with underscores, no "(default: None)"."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=38, width=120)
-
-    def _format_action_invocation(self, action: Action) -> str:
-        if not action.option_strings or action.nargs == 0:
-            return ", ".join(action.option_strings[:2] if action.dest == "help" else action.option_strings[:1])
-        values = "{" + ",".join(map(str, action.choices)) + "}" if action.choices and len(action.choices) < 6 else ""
-        kind = getattr(action.type, "__name__", "text")
-        value = values or {"str": "TEXT", "int": "N", "float": "X", "string_to_bool": "BOOL"}.get(kind, "VALUE")
-        return f"{action.option_strings[0]} {value}{' ...' if action.nargs == '+' else ''}"
-
-    def _get_help_string(self, action: Action) -> str:
-        if action.default is None or action.nargs == 0:
-            return action.help or ""
-        return super()._get_help_string(action) or ""
-
-
 USAGE = """%(prog)s [run.yaml] [--flag value ...]
 
   deepspeed --num_gpus 2 launch/train.py --deepspeed ds_configs/zero2.json
@@ -179,7 +192,7 @@ def build_parser(*, all_flags: bool = False) -> HfArgumentParser:
         (ModelArguments, DataArguments, AdapterArguments, LayoutArguments, BatchArguments, LDMoLETrainingArguments),
         prog="launch/train.py",
         usage=USAGE,
-        formatter_class=_Formatter,
+        formatter_class=Formatter,
         description="Fine-tune a language model with LD-MoLE: LoRA experts over ranks, chosen per token.",
         allow_abbrev=False,
     )
@@ -201,30 +214,50 @@ def parse_flags(argv: list[str], demo_defaults: dict | None = None) -> Namespace
 
     Raises:
         UserError: An unknown flag or setting, or a value of the wrong type.
+
+    Returns:
+        All values by name, and in ``given`` the names of those that flags, file or preset set.
     """
     parser = build_parser(all_flags="--help_all" in argv)
-    parser.error = _raise_user_error
+    parser.error = raise_user_error
     known = {action.dest for action in parser._actions}
     argv = [a for a in argv if not a.startswith("--local_rank")]
     if argv and not argv[0].startswith("-"):
         path = Path(argv[0])
         argv = [*as_argv(read_settings_file(path), known, path), *argv[1:]]
     given = {a[2:].split("=")[0] for a in argv if a.startswith("--")}
-    embedded = not given & {"train_file", "dataset_name", "validation_file"}
+    embedded = not given & {"train_file", "dataset_name", "validation_file", "task"}
     # --help shows the defaults that hold for one's own data.
     if embedded and demo_defaults and not {"-h", "--help", "--help_all"} & set(argv):
         parser.set_defaults(**demo_defaults)
-    parser.set_defaults(**_preset(parser.parse_known_args(argv)[0].preset))
+    first = parser.parse_known_args(argv)[0]
+    parser.set_defaults(**_preset(first.preset), **_of_tasks(first.task))
     flags, rest = parser.parse_known_args(argv)
     if rest:
         raise UserError(f"unknown argument {' '.join(rest)}: see --help, or --help_all for Hugging Face's flags")
+    flags.given = _given(parser, argv) | _preset(flags.preset).keys()
     return flags
+
+
+def _given(parser: HfArgumentParser, argv: list[str]) -> frozenset[str]:
+    """Names of the flags that ``argv`` sets, in whatever spelling."""
+    unset = object()
+    parsed, _ = parser.parse_known_args(argv, Namespace(**{action.dest: unset for action in parser._actions}))
+    return frozenset(name for name, value in vars(parsed).items() if value is not unset)
 
 
 def _preset(name: str | None) -> dict:
     if name is not None and name not in PRESETS:
         raise UserError(f"--preset {name} is not known: use one of {', '.join(PRESETS)}")
     return PRESETS[name] if name else {}
+
+
+def _of_tasks(names: str | None) -> dict:
+    """Defaults that the tasks bring: the strongest label smoothing of any of them."""
+    try:
+        return {"label_smoothing_factor": max(task.label_smoothing for task in tasks_of(names))} if names else {}
+    except DataError as error:
+        raise UserError(str(error)) from error
 
 
 def adapter_config(flags: Namespace) -> LDMoLEConfig:
@@ -242,7 +275,3 @@ def build(flags: Namespace, group: type, **overrides: object):
     """One group's dataclass from parsed flags."""
     names = {f.name for f in dataclasses.fields(group) if f.init}
     return group(**{**{k: v for k, v in vars(flags).items() if k in names}, **overrides})
-
-
-def _raise_user_error(message: str) -> None:
-    raise UserError(f"{message}; see {Path(sys.argv[0]).name} --help")

@@ -10,16 +10,21 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ldmole_ds.tasks import (
+    TASKS,
     ChoiceCollator,
     ChoiceDataset,
     DataError,
+    Question,
     demo_files,
     labels_from_rows,
+    load_task,
     padding_id,
     questions_from_rows,
     read_labels,
     read_questions,
+    tasks_of,
 )
+from ldmole_ds.tasks.mixture import mixture_order, mixture_weights
 from ldmole_ds.training.arguments import DataArguments
 
 
@@ -64,6 +69,15 @@ def load_choice_data(arguments: DataArguments, tokenizer: PreTrainedTokenizerBas
     Raises:
         DataError: A row breaks the schema (file and line), a file is missing or empty.
     """
+    for name in ("train", "eval"):
+        limit = getattr(arguments, f"max_{name}_samples")
+        if limit is not None and limit < 1:
+            raise DataError(f"--max_{name}_samples must be at least 1, got {limit}")
+    if arguments.task:
+        return _task_data(arguments, tokenizer)
+    for flag, default in (("data_dir", None), ("scoring", None), ("mixture", "size")):
+        if getattr(arguments, flag) != default:
+            raise DataError(f"--{flag} {getattr(arguments, flag)} is for --task: name the tasks, or leave it out")
     label_words = _label_words(arguments.label_words)
     columns = {"text_column": arguments.text_column, "label_column": arguments.label_column}
     if arguments.dataset_name:
@@ -76,18 +90,43 @@ def load_choice_data(arguments: DataArguments, tokenizer: PreTrainedTokenizerBas
             validation = read_questions(arguments.validation_file, label_words=label_words, labels=labels, **columns)
         source = "/".join(Path(arguments.train_file).parts[-2:])
     else:
-        raise DataError("no training data: give --train_file FILE.jsonl or --dataset_name NAME")
-    words = [candidate.strip() for candidate in train[0].candidates] if labels else None
-    sets = []
-    for name, limit in (("train", arguments.max_train_samples), ("eval", arguments.max_eval_samples)):
-        if limit is not None and limit < 1:
-            raise DataError(f"--max_{name}_samples must be at least 1, got {limit}")
-        questions = (train if name == "train" else validation) or None
-        dataset = None
-        if questions:
-            dataset = ChoiceDataset.from_questions(questions[:limit], tokenizer, arguments.max_length)
-        sets.append(dataset)
-    train_set, validation_set = sets
+        raise DataError("no training data: give --train_file FILE.jsonl, --task NAME or --dataset_name NAME")
+    train, validation = train[: arguments.max_train_samples], (validation or [])[: arguments.max_eval_samples]
+    return _encoded(train, validation, tokenizer, arguments.max_length, source, is_classification=bool(labels))
+
+
+def _task_data(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> ChoiceData:
+    """Training rows of all tasks mixed, held-out rows of one after the other."""
+    for flag in ("train_file", "validation_file", "dataset_name", "text_column", "label_column", "label_words"):
+        if getattr(arguments, flag):
+            raise DataError(f"--{flag} is for rows of your own and --task for benchmarks: give one of them")
+    tasks, limits = tasks_of(arguments.task), (arguments.max_train_samples, arguments.max_eval_samples)
+    common = {"data_dir": arguments.data_dir, "scoring": arguments.scoring}
+    train, validation, sizes = [], [], []
+    for task in tasks:
+        train += load_task(task, arguments.train_split, limit=limits[0], **common)
+        sizes.append(len(train) - sum(sizes))
+        validation += load_task(task, arguments.validation_split or task.heldout_split, limit=limits[1], **common)
+    source = arguments.task if len(tasks) == 1 else f"{arguments.task}, mixed by {arguments.mixture}"
+    words = len(tasks) == 1 and tasks[0] is TASKS["clinc_domains"] and arguments.scoring != "letters"
+    order = mixture_order(sizes, mixture_weights(arguments.mixture, sizes))
+    data = _encoded(train, validation, tokenizer, arguments.max_length, source, is_classification=words)
+    starts = [sum(sizes[:task]) for task in range(len(sizes))]
+    data.train.questions = [data.train.questions[starts[task] + row] for task, row in order]
+    return data
+
+
+def _encoded(
+    train: list[Question],
+    validation: list[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    description: str,
+    *,
+    is_classification: bool,
+) -> ChoiceData:
+    train_set = ChoiceDataset.from_questions(train, tokenizer, max_length)
+    validation_set = ChoiceDataset.from_questions(validation, tokenizer, max_length) if validation else None
     if validation_set is not None:
         # Rows of one length side by side: less padding, same result.
         validation_set.questions.sort(key=lambda question: len(question.prompt_ids))
@@ -97,8 +136,8 @@ def load_choice_data(arguments: DataArguments, tokenizer: PreTrainedTokenizerBas
         validation=validation_set,
         collator=ChoiceCollator.for_datasets(padding_id(tokenizer), *present),
         single_token=all(s.single_token for s in present),
-        description=source,
-        label_words=words,
+        description=description,
+        label_words=[candidate.strip() for candidate in train[0].candidates] if is_classification else None,
     )
 
 
@@ -118,15 +157,13 @@ def _hub_questions(arguments: DataArguments, label_words: dict | None, columns: 
     """Questions of a hub dataset's splits."""
     from datasets import ClassLabel, get_dataset_split_names, load_dataset
 
-    name = arguments.dataset_name
+    name, validation_split = arguments.dataset_name, arguments.validation_split or "validation"
     try:
         train_rows = load_dataset(name, arguments.dataset_config_name, split=arguments.train_split)
         splits = get_dataset_split_names(name, arguments.dataset_config_name)
-        has_validation = arguments.validation_split in splits
+        has_validation = validation_split in splits
         validation_rows = (
-            load_dataset(name, arguments.dataset_config_name, split=arguments.validation_split)
-            if has_validation
-            else None
+            load_dataset(name, arguments.dataset_config_name, split=validation_split) if has_validation else None
         )
     except Exception as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -141,5 +178,5 @@ def _hub_questions(arguments: DataArguments, label_words: dict | None, columns: 
     train = questions_from_rows(train_rows, f"{name}[{arguments.train_split}]", **common)
     validation = None
     if validation_rows is not None:
-        validation = questions_from_rows(validation_rows, f"{name}[{arguments.validation_split}]", **common)
+        validation = questions_from_rows(validation_rows, f"{name}[{validation_split}]", **common)
     return train, validation, labels, name

@@ -66,6 +66,9 @@ def format_report(report: dict[str, Any]) -> str:
         lines.append(
             ("held-out accuracy", f"{_percent(before)} before -> {after:.3f} after ({report['eval_rows']} rows)")
         )
+    if report["accuracy_by_task"]:
+        of_tasks = ", ".join(f"{name} {value:.3f}" for name, value in report["accuracy_by_task"].items())
+        lines.append(("mean of", of_tasks))
     routing = report["routing"]
     if routing:
         lines.append(("experts per token", f"{routing['experts_per_token']:.2f} of {report['num_experts']}"))
@@ -117,7 +120,10 @@ def layout_hint(model: LDMoLEModel) -> str | None:
 
 
 def plot_curves(log_history: list[dict], path: Path) -> None:
-    """Loss, auxiliary losses, experts per token, lambda and held-out accuracy over steps, as one PNG."""
+    """Loss, auxiliary losses, experts per token, lambda and held-out accuracy over steps, as one PNG.
+
+    A run shorter than its logging interval, without held-out rows, has nothing to plot: no file.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -131,6 +137,8 @@ def plot_curves(log_history: list[dict], path: Path) -> None:
         ("held-out accuracy", [("eval_accuracy", "accuracy")]),
     )
     panels = [(t, s) for t, s in panels if any(key in row for row in log_history for key, _ in s)]
+    if not panels:
+        return
     figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.0), squeeze=False)
     for axis, (title, series) in zip(axes[0], panels, strict=True):
         for key, label in series:

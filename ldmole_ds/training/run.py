@@ -6,6 +6,7 @@ import logging
 import time
 import warnings
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,20 @@ import numpy as np
 from transformers import EvalPrediction
 from transformers.utils import logging as hf_logging
 
+from ldmole_ds.checkpoint import CheckpointError
 from ldmole_ds.model import LDMoLEModel
+from ldmole_ds.model.adapter_io import load_state
+from ldmole_ds.tasks import TASKS, ChoiceDataset
+from ldmole_ds.tasks.metrics import task_metrics
 from ldmole_ds.training import report as reports
 from ldmole_ds.training import runtime
+from ldmole_ds.training.adapter_start import start_from_adapter
 from ldmole_ds.training.arguments import LDMoLETrainingArguments, adapter_config
+from ldmole_ds.training.batch import BatchSizeWarmup, batch_size_warmup
 from ldmole_ds.training.callbacks import GroupTimeoutCallback
 from ldmole_ds.training.data import ChoiceData
 from ldmole_ds.training.ds_config import check_ds_config, check_precision, read_ds_config
+from ldmole_ds.training.preemption import EXIT_PREEMPTED
 from ldmole_ds.training.run_record import SETTINGS_NAME, check_output_folder, run_settings, write_json
 from ldmole_ds.training.runtime import UserError, agreed, is_main_process
 from ldmole_ds.training.setup import build_model, build_settings, load_base, load_data
@@ -30,7 +38,7 @@ from ldmole_ds.training.trainer import LDMoLETrainer
 def train(flags: Namespace) -> None:
     """Run it. Collective: every rank calls it with the same flags."""
     try:
-        config = adapter_config(flags)
+        config, start = adapter_config(flags), None
         if flags.deepspeed:
             ds_config = read_ds_config(flags.deepspeed)
             check_ds_config(ds_config, flags.deepspeed)
@@ -39,20 +47,26 @@ def train(flags: Namespace) -> None:
         raise UserError(f"--{error}") from error
     device = runtime.start(use_deepspeed=bool(flags.deepspeed), timeout_s=int(flags.ddp_timeout))
     quiet_libraries()
+    if flags.adapter_name_or_path:
+        with agreed("starting adapter"):
+            config, start = start_from_adapter(flags)
     settings = build_settings(flags, device)
     training, layout = settings["training"], settings["layout"]
     folder = Path(training.output_dir)
     with agreed("output folder"):
         if is_main_process():
-            resume = bool(training.resume_from_checkpoint)
+            resume = bool(training.resume_from_checkpoint) or layout.resume == "auto"
             check_output_folder(folder, overwrite=layout.overwrite_output_dir, resume=resume)
     tokenizer, data = load_data(settings)
     with agreed("model"):
         base = load_base(settings["model"], training)
     with agreed("adapter"):
         model = build_model(base, config, data, settings)
+        if start is not None:
+            load_state(model, start, source=flags.adapter_name_or_path)
     with agreed("trainer"):
-        trainer = build_trainer(model, tokenizer, data, training)
+        warmup = batch_size_warmup(settings["batch"])
+        trainer = build_trainer(model, tokenizer, data, training, warmup)
     if is_main_process():
         record = {name: group.to_dict() if name == "training" else asdict(group) for name, group in settings.items()}
         resolved = {"world_size": model.topology.world_size, "ep_size": model.topology.ep_size}
@@ -61,11 +75,16 @@ def train(flags: Namespace) -> None:
             folder / SETTINGS_NAME,
             run_settings(**record, adapter=model.adapter_config.to_dict(), resolved=resolved, seed=training.seed),
         )
-        print(startup_table(model, data, training), flush=True)
+        print(startup_table(model, data, training, warmup), flush=True)
+        if start is not None:
+            print(f"start     the weights of {flags.adapter_name_or_path}", flush=True)
         if data.label_words:
             write_json(folder / "label_words.json", data.label_words)
-    finish(trainer, model, data, folder)
+    resume = "auto" if layout.resume == "auto" else _resume(training.resume_from_checkpoint)
+    finish(trainer, model, data, folder, resume)
     runtime.stop()
+    if trainer.preemption.stopped_by:
+        runtime.leave(EXIT_PREEMPTED)
 
 
 def quiet_libraries() -> None:
@@ -79,15 +98,24 @@ def quiet_libraries() -> None:
         hf_logging.disable_progress_bar()
 
 
-def choice_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy of the highest score, and its standard error."""
-    correct = np.argmax(prediction.predictions, axis=-1) == prediction.label_ids
-    accuracy = float(np.mean(correct))
-    return {"accuracy": accuracy, "accuracy_stderr": float(np.sqrt(accuracy * (1 - accuracy) / len(correct)))}
+def choice_metrics(validation: ChoiceDataset | None) -> Callable[[EvalPrediction], dict[str, float]]:
+    """What the Trainer calls after each evaluation: `task_metrics` of the held-out rows, whose order it keeps."""
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        if prediction.label_ids.tolist() != [question.gold for question in validation.questions]:
+            raise ValueError("the answers are not those of the held-out rows in their order")
+        tasks = [question.task for question in validation.questions]
+        return task_metrics(tasks, np.argmax(prediction.predictions, axis=-1), prediction.label_ids)
+
+    return metrics
 
 
 def build_trainer(
-    model: LDMoLEModel, tokenizer: Any, data: ChoiceData, training: LDMoLETrainingArguments
+    model: LDMoLEModel,
+    tokenizer: Any,
+    data: ChoiceData,
+    training: LDMoLETrainingArguments,
+    warmup: BatchSizeWarmup | None = None,
 ) -> LDMoLETrainer:
     """The Trainer of a multiple-choice run."""
     return LDMoLETrainer(
@@ -97,13 +125,16 @@ def build_trainer(
         eval_dataset=data.validation,
         data_collator=data.collator,
         processing_class=tokenizer,
-        compute_metrics=choice_metrics,
+        compute_metrics=choice_metrics(data.validation),
         callbacks=[GroupTimeoutCallback()],
         single_token_choices=data.single_token,
+        batch_size_warmup=warmup,
     )
 
 
-def startup_table(model: LDMoLEModel, data: ChoiceData, training: LDMoLETrainingArguments) -> str:
+def startup_table(
+    model: LDMoLEModel, data: ChoiceData, training: LDMoLETrainingArguments, warmup: BatchSizeWarmup | None = None
+) -> str:
     """What is about to run, in a few lines."""
     topology, config = model.topology, model.adapter_config
     accumulation, micro = training.gradient_accumulation_steps, training.per_device_train_batch_size
@@ -112,23 +143,40 @@ def startup_table(model: LDMoLEModel, data: ChoiceData, training: LDMoLETraining
     projections = sum(len(g.members) for g in model.input_groups)
     rows = f"{len(data.train)} train" + (f", {len(data.validation)} held-out" if data.validation else "")
     cut = data.train.num_truncated
-    return "\n".join(
-        [
-            f"data      {rows} rows of {data.description}" + (f" ({cut} prompts cut to --max_length)" if cut else ""),
-            f"adapter   {config.router}, {config.num_experts} experts of rank {config.r} on {projections} projections "
-            f"in {len(model.input_groups)} input groups, {parameters['trainable']:,} trainable parameters",
-            f"layout    {topology.world_size} ranks, ep_size {topology.ep_size}: {held} of {config.num_experts} "
-            f"experts on each rank, expert_dispatch {model.expert_dispatch}",
-            f"batch     {micro} rows x {accumulation} accumulation x {topology.world_size} ranks = "
-            f"{micro * accumulation * topology.world_size} rows a step, learning rate {training.learning_rate:g}",
-        ]
-    )
+    full = micro * accumulation * topology.world_size
+    lines = [
+        f"data      {rows} rows of {data.description}" + (f" ({cut} prompts cut to --max_length)" if cut else ""),
+        f"adapter   {config.router}, {config.num_experts} experts of rank {config.r} on {projections} projections "
+        f"in {len(model.input_groups)} input groups, {parameters['trainable']:,} trainable parameters",
+        f"layout    {topology.world_size} ranks, ep_size {topology.ep_size}: {held} of {config.num_experts} "
+        f"experts on each rank, expert_dispatch {model.expert_dispatch}",
+        f"batch     {micro} rows x {accumulation} accumulation x {topology.world_size} ranks = "
+        f"{full} rows a step, learning rate {training.learning_rate:g}",
+    ]
+    if warmup is not None:
+        lines.append(f"warm-up   {warmup.describe(full)}")
+    return "\n".join(lines)
 
 
-def finish(trainer: LDMoLETrainer, model: LDMoLEModel, data: ChoiceData, folder: Path) -> None:
-    """Train, evaluate, save, report."""
+def finish(
+    trainer: LDMoLETrainer, model: LDMoLEModel, data: ChoiceData, folder: Path, resume: str | bool | None
+) -> None:
+    """Train, evaluate, save, report; or train until a signal says stop."""
     begin = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=_resume(trainer.args.resume_from_checkpoint))
+    try:
+        result = trainer.train(resume_from_checkpoint=resume)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    if trainer.preemption.stopped_by:
+        if is_main_process():
+            step, signal = trainer.state.global_step, trainer.preemption.stopped_by
+            place = folder / f"checkpoint-{step}"
+            print(
+                f"stopped by {signal} after step {step}, saved in {place}; the same command with --resume auto goes on "
+                f"(exit code {EXIT_PREEMPTED})",
+                flush=True,
+            )
+        return
     seconds = result.metrics.get("train_runtime", time.perf_counter() - begin)
     metrics = dict(result.metrics)
     evaluation: dict[str, float] = {}
@@ -152,6 +200,9 @@ def finish(trainer: LDMoLETrainer, model: LDMoLEModel, data: ChoiceData, folder:
         "tokens_per_second": trainer.tokens_timed / max(trainer.train_seconds, 1e-9),
         "accuracy_before": before,
         "accuracy_after": evaluation.get("eval_accuracy"),
+        "accuracy_by_task": {
+            name: evaluation[f"eval_accuracy_{name}"] for name in TASKS if f"eval_accuracy_{name}" in evaluation
+        },
         "eval_rows": len(data.validation) if data.validation else 0,
         "num_experts": model.adapter_config.num_experts,
         "routing": _mean_routing(routing_rows),
@@ -182,6 +233,8 @@ def _mean_routing(rows: dict[str, dict]) -> dict[str, float]:
 
 def next_command(folder: Path, data: ChoiceData) -> str:
     """What to type next."""
+    if data.train[0].task and not data.label_words:
+        return f"python launch/evaluate.py --adapter {folder}"
     kind = "--classify " if data.label_words else ""
     prompt = "my card was declined at the grocery store" if data.label_words else "Question: ..."
     return f'python launch/generate.py --adapter {folder} {kind}--prompt "{prompt}"'

@@ -30,7 +30,7 @@ def check_output_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
     if held and not overwrite and not resume:
         raise ValueError(
             f"--output_dir {folder} already holds a run ({held[0]}): choose another folder, pass "
-            "--overwrite_output_dir, or continue it with --resume_from_checkpoint"
+            "--overwrite_output_dir, or continue it with --resume auto"
         )
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / ".writable"

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ldmole_ds.distributed import PeerError
+from ldmole_ds.distributed.deepspeed_private import skip_shared_memory_op
 
 # What users can get wrong, and our own clear sentences; anything else keeps its traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError, NotImplementedError, ImportError)
@@ -26,6 +27,8 @@ _LAUNCHER_VARIABLES = {
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 }
+# Ranks on this node. accelerate knows Open MPI's name and torchrun's LOCAL_WORLD_SIZE, and with neither may set 1.
+_LOCAL_SIZES = ("LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 
 class UserError(Exception):
@@ -33,7 +36,7 @@ class UserError(Exception):
 
 
 def discover_ranks(use_deepspeed: bool = True) -> str:
-    """Fill RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT from what the launcher exports.
+    """Fill RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT from what the launcher exports.
 
     A single process without DeepSpeed needs none of them and is left alone.
 
@@ -60,6 +63,9 @@ def discover_ranks(use_deepspeed: bool = True) -> str:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     os.environ.setdefault("LOCAL_RANK", "0")
+    for name in _LOCAL_SIZES:
+        if name in os.environ:
+            os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ[name])
     return source
 
 
@@ -88,11 +94,10 @@ def start(*, use_deepspeed: bool, timeout_s: int = 1800) -> str:
         The accelerator's name: cuda, cpu, ...
     """
     source = discover_ranks(use_deepspeed)
-    import deepspeed
     from accelerate import PartialState
     from deepspeed.accelerator import get_accelerator
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    skip_shared_memory_op()
     accelerator = get_accelerator()
     name, backend = accelerator.device_name(), accelerator.communication_backend_name()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -111,11 +116,22 @@ def start(*, use_deepspeed: bool, timeout_s: int = 1800) -> str:
 
 
 def limit_group_timeouts(timeout_s: int) -> None:
-    """Give every process group the user's timeout: DeepSpeed makes its groups with torch's 30 minutes."""
+    """Give every process group the user's timeout: DeepSpeed makes its groups with torch's 30 minutes.
+
+    Raises:
+        RuntimeError: This torch has no such timeouts.
+    """
     from torch.distributed import distributed_c10d as c10d
 
-    for group in list(c10d._world.pg_map):
-        c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+    try:
+        groups, set_timeout = list(c10d._world.pg_map), c10d._set_pg_timeout
+    except AttributeError as error:
+        raise RuntimeError(
+            f"timeouts of process groups: this torch has changed ({error}); install one that this ldmole_ds is tested "
+            "with, see README.md"
+        ) from error
+    for group in groups:
+        set_timeout(timedelta(seconds=timeout_s), group)
 
 
 def stop() -> None:
@@ -158,16 +174,17 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     except UserError as error:
         if is_main_process():
             print(f"error: {error}", file=sys.stderr, flush=True)
-        _leave(2)
+        leave(2)
     except (FloatingPointError, PeerError) as error:
         print(f"error on rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
-        _leave(1)
+        leave(1)
     except Exception:
         traceback.print_exc()
-        _leave(1)
+        leave(1)
 
 
-def _leave(code: int) -> None:
+def leave(code: int) -> None:
+    """End the process at once with this exit code."""
     if os.environ.get("LDMOLE_DEBUG"):
         traceback.print_exc()
     sys.stdout.flush()

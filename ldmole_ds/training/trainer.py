@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.utils import find_labels
@@ -20,30 +19,54 @@ from ldmole_ds.distributed import deepspeed_groups
 from ldmole_ds.model import LDMoLEModel
 from ldmole_ds.model.adapter_io import write_atomically
 from ldmole_ds.tasks.scoring import score_candidates
-from ldmole_ds.training.checkpointing import adapt_engine
+from ldmole_ds.training.batch import BatchSizeWarmup
+from ldmole_ds.training.batch_warmup import BatchWarmupLoop
+from ldmole_ds.training.checkpointing import CheckpointableCallback, CheckpointMixin
 from ldmole_ds.training.checks import check_trainable
+from ldmole_ds.training.preemption import PreemptionCallback
 
-_CHOICE_FIELDS = ("candidate_ids", "gold", "prompt_length")
+_CHOICE_FIELDS = ("candidate_ids", "candidate_lengths", "gold", "prompt_length")
 
 
-class LDMoLETrainer(Trainer):
+class LDMoLETrainer(CheckpointMixin, BatchWarmupLoop):
     """Trains an `LDMoLEModel`; everything else is the Trainer's.
 
     What differs: the optimizer's groups tell DeepSpeed which parameters are experts; the loss holds the auxiliary
-    losses, normalised over the whole optimizer step; logs hold the routing; saving writes the whole adapter. Batches
-    with ``candidate_ids`` and ``gold`` (multiple choice) are evaluated by the candidates' log-probabilities.
+    losses, normalised over the whole optimizer step; logs hold the routing; saving writes the whole adapter, and
+    checkpoints resume in any layout; SIGTERM and SIGUSR1 stop it with a checkpoint. Batches with ``candidate_ids`` and
+    ``gold`` (multiple choice) are evaluated by the candidates' log-probabilities.
 
     Another trainer whose loss is the model's own gets all of it by inheriting from both, this one first:
     ``class LDMoLESFTTrainer(LDMoLETrainer, SFTTrainer)``, see ``examples/trl_sft.py``.
+
+    Args:
+        model: The wrapped model.
+        *args: As the Trainer.
+        single_token_choices: Multiple choice: whether every candidate is one token.
+        batch_size_warmup: A global batch that grows over the first optimizer steps to its full size, which is
+            ``per_device_train_batch_size * gradient_accumulation_steps`` on every rank.
+        **kwargs: As the Trainer.
 
     Raises:
         ValueError: A combination that would train wrongly; the message names the setting and the remedy.
     """
 
-    def __init__(self, model: LDMoLEModel, *args: Any, single_token_choices: bool = False, **kwargs: Any) -> None:
-        self._engine = None
+    def __init__(
+        self,
+        model: LDMoLEModel,
+        *args: Any,
+        single_token_choices: bool = False,
+        batch_size_warmup: BatchSizeWarmup | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(model, *args, **kwargs)
+        self.preemption = PreemptionCallback()
+        self.add_callback(self.preemption)
+        self.add_callback(CheckpointableCallback(self))
         self.single_token_choices = single_token_choices
+        self.batch_size_warmup = batch_size_warmup
+        if batch_size_warmup is not None:
+            self.check_batch_size_warmup()
         # The Trainer looks at our class, which names no labels, and takes every forward with **kwargs for one that
         # hands num_items_in_batch to its loss. Losses other than the causal one are means over their micro-batch.
         if self.args.label_names is None:
@@ -66,17 +89,6 @@ class LDMoLETrainer(Trainer):
         """ZeRO stage of the DeepSpeed config, None without DeepSpeed."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         return plugin.zero_stage if self.is_deepspeed_enabled and plugin is not None else None
-
-    @property
-    def deepspeed(self) -> Any:
-        """The DeepSpeed engine, once training has started."""
-        return self._engine
-
-    @deepspeed.setter
-    def deepspeed(self, engine: Any) -> None:
-        self._engine = engine
-        if engine is not None:
-            adapt_engine(engine)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with experts in groups of their own where DeepSpeed wants them so."""
@@ -108,7 +120,7 @@ class LDMoLETrainer(Trainer):
         """The micro-batches of one optimizer step; counts the tokens that all ranks will route in it."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.zeros(2, dtype=torch.long)
-        for batch in batches:
+        for batch in filter(None, batches):  # empty ones are passed over (batch-size warm-up)
             mask, ids = batch.get("attention_mask"), batch.get("input_ids")
             real = mask.ne(0).sum() if isinstance(mask, Tensor) and mask.dim() == 2 else ids.numel()
             counts += torch.stack([torch.as_tensor(real), torch.as_tensor(ids.numel())]).cpu()

@@ -1,5 +1,6 @@
 """launch/train.py through the real DeepSpeed launcher, on a tiny random model: from the command to a loaded adapter."""
 
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -26,6 +27,9 @@ def run(tiny_model_folder, data_folder, tmp_path_factory):
         "max_steps": 6,
         "logging_steps": 2,
         "per_device_train_batch_size": 2,
+        "global_batch_size": 8,
+        "batch_size_warmup_start": 2,
+        "batch_size_warmup_steps": 2,
         "learning_rate": 5e-3,
         "lambda_hidden_size": 16,
         "sparsity_loss_weight": 0.1,
@@ -49,6 +53,8 @@ def test_experts_are_partitioned_and_tokens_travel(run):
     assert report["accuracy_before"] is not None and report["accuracy_after"] is not None
     assert "experts 0-3 (4 of 8)" in output and "experts 4-7 (4 of 8)" in output
     assert f"--adapter {folder} --classify" in output
+    assert "2 rows x 2 accumulation x 2 ranks = 8 rows a step" in output
+    assert "warm-up   2, 4 rows a step, 8 from step 3 on" in output
 
 
 @pytest.mark.slow
@@ -56,7 +62,7 @@ def test_the_run_is_written_down(run):
     folder, output, settings = run
     record = json.loads((folder / "run_settings.json").read_text())
     assert record["adapter"]["r"] == 4 and record["resolved"] == {"world_size": 2, "ep_size": 2}
-    assert record["seed"] == 42 and record["versions"]["torch"] == torch.__version__
+    assert record["seed"] == 42 and record["versions"]["torch"] == importlib.metadata.version("torch")
     assert record["training"]["max_steps"] == settings["max_steps"]
     state = json.loads((folder / "trainer_state.json").read_text())
     logged = [row for row in state["log_history"] if "loss" in row]

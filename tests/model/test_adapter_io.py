@@ -140,7 +140,10 @@ def test_a_damaged_file(folder, size):
     [
         (lambda state: state.pop(f"{Q_PROJ}.lora_B"), f"lacks {Q_PROJ}.lora_B"),
         (lambda state: state.pop("lambda_mlp.64.bias_out"), "lacks lambda_mlp.64.bias_out"),
-        (lambda state: state.update(extra=torch.zeros(1)), "holds tensors this model has no place for: ['extra']"),
+        (
+            lambda state: state.update(extra=torch.zeros(1)),
+            "holds tensors that its settings have no place for: ['extra']",
+        ),
         (
             lambda state: state.update({f"{Q_PROJ}.router": torch.zeros(4, 64)}),
             f"{Q_PROJ}.router has shape (4, 64), expected (8, 64)",

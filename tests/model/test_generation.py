@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldmole_ds.layers import ForwardContext
-from ldmole_ds.model import ldmole_model
+from ldmole_ds.model import adapted_forward
 from tests.tiny import tiny_config, tiny_llama, tiny_model, wake_experts
 
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -41,6 +41,43 @@ def test_a_cache_changes_nothing(model):
     assert generated(model, PROMPTS, use_cache=False) == generated(model, PROMPTS)
 
 
+WAYS = {
+    "beams": {"num_beams": 3, "length_penalty": 0.5},
+    "sampling": {"do_sample": True, "temperature": 1.5, "top_k": 0},
+    "sampled beams": {"do_sample": True, "temperature": 1.5, "num_beams": 2, "top_k": 0},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_way_to_generate_depends_on_the_cache(model, way):
+    results = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        results.append(generated(model, PROMPTS, use_cache=use_cache, **WAYS[way]))
+    assert results[0] == results[1] != generated(model, PROMPTS)
+
+
+def test_beams_in_a_batch_are_those_of_each_prompt_alone(model):
+    expected = [generated(model, [prompt], **WAYS["beams"])[0] for prompt in PROMPTS]
+    assert generated(model, PROMPTS, **WAYS["beams"]) == expected
+
+
+def test_sampling_draws_from_the_whole_forward_pass(model):
+    """By hand: all tokens through the model's forward for each new one, and the same draws."""
+    inputs = left_padded(PROMPTS)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    torch.manual_seed(3)
+    for _ in range(OPTIONS["max_new_tokens"]):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1]
+        drawn = torch.multinomial((logits / 1.5).softmax(-1), 1)
+        ids, mask = torch.cat([ids, drawn], 1), torch.cat([mask, torch.ones_like(drawn)], 1)
+    model.reset_routing_summary()
+    torch.manual_seed(3)
+    assert generated(model, PROMPTS, **WAYS["sampling"]) == ids[:, inputs["input_ids"].shape[1] :].tolist()
+
+
 def test_the_experts_take_part(model):
     bare = generated(tiny_llama().eval(), PROMPTS)
     assert generated(model, PROMPTS) != bare
@@ -72,7 +109,7 @@ def test_generating_records_nothing(model, monkeypatch):
         contexts.append(ForwardContext(**kwargs))
         return contexts[-1]
 
-    monkeypatch.setattr(ldmole_model, "ForwardContext", keep)
+    monkeypatch.setattr(adapted_forward, "ForwardContext", keep)
     generated(model, PROMPTS)
     assert len(contexts) == 6 and not any(context.records for context in contexts)
     assert model.routing_summary() == {}

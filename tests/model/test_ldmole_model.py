@@ -141,6 +141,24 @@ def test_disable_adapter_is_the_bare_base_model():
     assert torch.equal(model(**batch).logits, adapted) and not torch.equal(adapted, expected.logits)
 
 
+def test_the_adapter_is_back_after_an_exception():
+    model, batch = tiny_model(), ragged_batch()
+    adapted, expected = model(**batch).logits, tiny_llama()(**batch).logits
+    with pytest.raises(ZeroDivisionError), model.disable_adapter():
+        with pytest.raises(KeyError), model.disable_adapter():
+            raise KeyError
+        assert torch.equal(model(**batch).logits, expected)
+        raise ZeroDivisionError
+    assert torch.equal(model(**batch).logits, adapted)
+
+
+def test_modules_trained_in_place_cannot_be_disabled():
+    model = tiny_model(tiny_config(modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match=r"\['lm_head'\].*trained in place.*load the base model a second time"):
+        with model.disable_adapter():
+            pass
+
+
 def test_a_fresh_adapter_changes_nothing():
     batch = ragged_batch()
     model = get_ldmole_model(tiny_llama(), tiny_config())

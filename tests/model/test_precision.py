@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldmole_ds.layers import ForwardContext
-from ldmole_ds.model import LDMoLEModel, get_ldmole_model, ldmole_model
+from ldmole_ds.model import LDMoLEModel, adapted_forward, get_ldmole_model
 from tests.families import gradients
 from tests.tiny import ragged_batch, tiny_config, tiny_llama, wake_experts
 
@@ -58,7 +58,7 @@ def test_under_autocast_the_routing_is_float32_and_gradients_arrive(monkeypatch,
         contexts.append(ForwardContext(**kwargs))
         return contexts[-1]
 
-    monkeypatch.setattr(ldmole_model, "ForwardContext", keep)
+    monkeypatch.setattr(adapted_forward, "ForwardContext", keep)
     model = make()
     group = model.input_groups[1]
     group.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))

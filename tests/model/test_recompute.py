@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldmole_ds.layers import ForwardContext, LambdaMLP
-from ldmole_ds.model import ldmole_model
+from ldmole_ds.model import adapted_forward
 from tests.tiny import ragged_batch, tiny_config, tiny_model
 
 # Transformers renamed these methods and keeps the older names until version 6.
@@ -112,7 +112,7 @@ def test_the_second_pass_records_nothing(monkeypatch):
         contexts.append(ForwardContext(**kwargs))
         return contexts[-1]
 
-    monkeypatch.setattr(ldmole_model, "ForwardContext", keep)
+    monkeypatch.setattr(adapted_forward, "ForwardContext", keep)
     assert run(make_model(True), [ragged_batch()])["runs"] == 16
     assert [len(context.records) for context in contexts] == [8]
 

@@ -1,5 +1,7 @@
 """Tokenizers of three families, trained in memory on a few lines."""
 
+import string
+
 import pytest
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
@@ -48,7 +50,9 @@ def llama_tokenizer():
     special = ["<unk>", "<s>", "</s>"]
     # Without a pre-tokenizer a merge could span words; cutting at each space keeps the trainer from it.
     tokenizer.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
-    tokenizer.train_from_iterator(TEXT, BpeTrainer(vocab_size=160, special_tokens=special))
+    # Every letter of an option is known, whether the lines above have it or not.
+    letters = list(string.ascii_uppercase)
+    tokenizer.train_from_iterator(TEXT, BpeTrainer(vocab_size=180, initial_alphabet=letters, special_tokens=special))
     tokenizer.pre_tokenizer = None
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]

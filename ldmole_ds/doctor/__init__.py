@@ -1,0 +1,1 @@
+"""A job seen from outside its training: what it runs on, how fast its link is, what to fix. `launch/doctor.py`."""
