@@ -1,6 +1,6 @@
 """How tokens meet their experts: the dispatchers' contract, and those that move tokens.
 
-    run(x_TD, probs_TGE, experts, layer) -> y_TO
+    run(x_TD, probs_TGE, experts, layer) -> y_TO, or its factors for each projection
 
 The result holds, for each token, the sum over *all* its experts of all G projections of an input group, wherever they
 live. The unit of dispatch is (token, destination rank), not (token, expert): a token travels once to each remote rank
@@ -25,15 +25,28 @@ from ldmole_ds.distributed.all_to_all import Channel, CommStats, all_to_all, exc
 from ldmole_ds.distributed.expert_exchange import DispatchPlan, exchange_experts
 from ldmole_ds.distributed.topology import ExpertParallel
 from ldmole_ds.ops.lora_experts import lora_experts, lora_experts_reference
+from ldmole_ds.ops.low_rank_update import LowRankUpdate
+from ldmole_ds.ops.shared_input import shared_input
 
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """The local experts of an input group: ``lora_A (G, e, r, D)``, ``lora_B`` G times ``(e, r, O_g)``, scaling."""
+    """The local experts of an input group, and how their sum is wanted.
+
+    Attributes:
+        lora_A: ``(G, e, r, D)``.
+        lora_B: G times ``(e, r, O_g)``.
+        scaling: ``lora_alpha / r``.
+        low_rank: The caller takes `LowRankUpdate`s where the experts meet the tokens here: the sum in factors, which
+            it adds to the frozen projections' outputs without a tensor of their size.
+        h: ``x A^T``, G times ``(e * r, T)``, if the caller has computed it.
+    """
 
     lora_A: Tensor
     lora_B: Sequence[Tensor]
     scaling: float
+    low_rank: bool = False
+    h: Sequence[Tensor] | None = None
 
 
 def raise_non_finite(layer: str, ranks: list[int] | None = None) -> None:
@@ -45,17 +58,31 @@ def raise_non_finite(layer: str, ranks: list[int] | None = None) -> None:
     )
 
 
+def apply_experts(x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights) -> Tensor | list[LowRankUpdate]:
+    """All experts of these tokens are at hand: their sum ``(T, O)``, or its factors for each projection."""
+    w_TGE = probs_TGE.to(x_TD.dtype)
+    if not experts.low_rank:
+        return lora_experts(x_TD, w_TGE, experts.lora_A, experts.lora_B, experts.scaling)
+    h = experts.h
+    if h is None:
+        h, _, _ = shared_input(x_TD, experts.lora_A, None, None)
+    factors = zip(h, w_TGE.permute(1, 2, 0).unbind(0), experts.lora_B, strict=True)
+    return [LowRankUpdate(h_XT, p_eT, lora_B, experts.scaling) for h_XT, p_eT, lora_B in factors]
+
+
 class LocalTokenDispatcher:
     """All experts are here (``ep_size == 1`` or a replicated layer): the base class and the reference."""
 
     ep_size = 1
+    # Whether the local experts are those of the local tokens, so that x A^T may be computed before routing is known.
+    experts_are_here = True
 
     def __init__(self, stats: CommStats | None = None) -> None:
         self.stats = stats or CommStats()
 
-    def run(self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, layer: str) -> Tensor:
+    def run(self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, layer: str) -> Tensor | list[LowRankUpdate]:
         """See the module docstring."""
-        return lora_experts(x_TD, probs_TGE.to(x_TD.dtype), experts.lora_A, experts.lora_B, experts.scaling)
+        return apply_experts(x_TD, probs_TGE, experts)
 
 
 class AllToAllTokenDispatcher(LocalTokenDispatcher):
@@ -70,6 +97,8 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
             chunk_tokens`` of its peers' tokens, however skewed the routing is: what arrived is sent again in backward
             instead of being kept. 0: all at once.
     """
+
+    experts_are_here = False
 
     def __init__(self, topology: ExpertParallel, stats: CommStats | None = None, chunk_tokens: int = 0) -> None:
         super().__init__(stats)

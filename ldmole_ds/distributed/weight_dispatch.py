@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
 from ldmole_ds.distributed.all_to_all import Channel, CommStats, largest_of
-from ldmole_ds.distributed.dispatch import ExpertWeights, LocalTokenDispatcher
+from ldmole_ds.distributed.dispatch import ExpertWeights, LocalTokenDispatcher, apply_experts
 from ldmole_ds.distributed.expert_gather import gather_experts, gather_flat, is_current
 from ldmole_ds.distributed.topology import ExpertParallel
 from ldmole_ds.distributed.zero import is_zero3_parameter
-from ldmole_ds.ops.lora_experts import lora_experts
+from ldmole_ds.ops.low_rank_update import LowRankUpdate
 
 
 class WeightGatherDispatcher(LocalTokenDispatcher):
@@ -20,6 +21,8 @@ class WeightGatherDispatcher(LocalTokenDispatcher):
     Cheaper than moving tokens when a group's experts are smaller than its batch of tokens. Under gradient accumulation
     they are gathered once per optimizer step (`begin_pass`), except under ZeRO-3, which lets go of them after each use.
     """
+
+    experts_are_here = False  # before they are gathered
 
     def __init__(self, topology: ExpertParallel, stats: CommStats | None = None) -> None:
         super().__init__(stats)
@@ -49,10 +52,10 @@ class WeightGatherDispatcher(LocalTokenDispatcher):
         if not self._keep:
             self._kept.clear()
 
-    def run(self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, layer: str) -> Tensor:
+    def run(self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, layer: str) -> Tensor | list[LowRankUpdate]:
         """See `ldmole_ds.distributed.dispatch`. One all-gather forward, one reduce-scatter backward."""
         channel = Channel(self.topology.ep_group, self.stats, layer)
         if self._keep and layer not in self._kept:
             self._kept[layer] = gather_flat([experts.lora_A, *experts.lora_B], channel)
         lora_A, lora_B = gather_experts(experts.lora_A, experts.lora_B, channel, self._kept.get(layer))
-        return lora_experts(x_TD, probs_TGE.to(x_TD.dtype), lora_A, lora_B, experts.scaling)
+        return apply_experts(x_TD, probs_TGE, replace(experts, lora_A=lora_A, lora_B=lora_B))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -27,9 +28,16 @@ class AdaptedLinear(nn.Module):
         """``(..., D) -> (..., O)``."""
         if not self.group.holder.enabled:
             return self.base_layer(x)
-        update = self.group.output_of(self.member, x)
+        update = self.group.update_of(self.member, x)
         y = self.base_layer(x)
-        return y + update.to(y.dtype)  # they differ under autocast only
+        if isinstance(update, Tensor):
+            return y + update.to(y.dtype)  # they differ under autocast only
+        return update.add_to(y, in_place=self._owns_output())
+
+    def _owns_output(self) -> bool:
+        """Whether the frozen layer's output is a new tensor that nobody else has seen."""
+        hooks = self.base_layer._forward_hooks or torch.nn.modules.module._global_forward_hooks
+        return isinstance(self.base_layer, nn.Linear) and not hooks
 
     @property
     def weight(self) -> Tensor:

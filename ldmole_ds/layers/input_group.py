@@ -17,17 +17,21 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ldmole_ds.distributed import ExpertParallel, ExpertWeights, LocalTokenDispatcher
 from ldmole_ds.distributed.deepspeed_groups import mark_expert_parameter
+from ldmole_ds.distributed.zero import is_zero3_parameter
 from ldmole_ds.layers.context import ContextHolder, ForwardContext, RoutingRecord, in_backward
 from ldmole_ds.layers.lambda_mlp import LambdaMLP
 from ldmole_ds.layers.routers import Router
+from ldmole_ds.ops.dropout import dropout
+from ldmole_ds.ops.low_rank_update import LowRankUpdate
+from ldmole_ds.ops.shared_input import shared_input
 
 
 def seeded_generator(seed: int, *names: object) -> torch.Generator:
@@ -51,7 +55,7 @@ class _Pending:
 
     x: Tensor
     key: tuple | None
-    outputs: tuple[Tensor, ...]
+    updates: Sequence[Tensor | LowRankUpdate]
     waiting: set[int]
 
 
@@ -135,13 +139,22 @@ class InputGroup(nn.Module):
         return [self.lora_A, *self.lora_B]
 
     def output_of(self, member: int, x: Tensor) -> Tensor:
-        """The update for one member, ``(..., D) -> (..., O_g)``; runs the group for the first member that asks."""
+        """The update for one member, ``(..., D) -> (..., O_g)``; as `update_of`."""
+        update = self.update_of(member, x)
+        if isinstance(update, Tensor):
+            return update
+        return update.add_to(x.new_zeros(*x.shape[:-1], self.out_features[member]), in_place=True)
+
+    def update_of(self, member: int, x: Tensor) -> Tensor | LowRankUpdate:
+        """The update for one member, as it is or in factors; runs the group for the first member that asks."""
         pending = self._pending
         if pending is None or member == 0:
-            outputs = self(x)
+            # ZeRO-3 holds lora_B together only while this module runs, and torch.compile fuses by itself.
+            low_rank = not torch.compiler.is_compiling() and not is_zero3_parameter(self.lora_A)
+            updates = self(x, low_rank=low_rank)
             if len(self.members) > 1:
-                self._pending = _Pending(x, _memory_key(x), outputs, set(range(len(self.members))) - {member})
-            return outputs[member]
+                self._pending = _Pending(x, _memory_key(x), updates, set(range(len(self.members))) - {member})
+            return updates[member]
         keys = {pending.key, _memory_key(x)}
         if member not in pending.waiting or (len(keys) > 1 and None not in keys):
             self._pending = None
@@ -152,24 +165,26 @@ class InputGroup(nn.Module):
         pending.waiting.discard(member)
         if not pending.waiting:
             self._pending = None
-        return pending.outputs[member]
+        return pending.updates[member]
 
     def clear(self) -> None:
         """Forget a result that not all members have taken (they need not all be called)."""
         self._pending = None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """``(..., D) -> G updates (..., O_g)`` in the dtype of ``x``."""
+    def forward(self, x: Tensor, low_rank: bool = False) -> Sequence[Tensor | LowRankUpdate]:
+        """``(..., D) -> G updates (..., O_g)`` in the dtype of ``x``; with ``low_rank`` in factors where there are."""
         context = self._context()
         # Autocast would compute the router in half precision and mix the dtypes of the experts' products.
         with torch.autocast(x.device.type, enabled=False):
             x_TD = x.reshape(-1, self.in_features).to(self.lora_A.dtype)
             if self.dropout and self.training:
-                x_TD = F.dropout(x_TD, self.dropout)
-            probs_TGE = self._route(x_TD, context.token_mask(x), context)
-            experts = ExpertWeights(self.lora_A, list(self.lora_B), self.scaling)
-            y_TO = self.dispatcher.run(x_TD, probs_TGE, experts, self.name)
-        y = y_TO.to(x.dtype).view(*x.shape[:-1], y_TO.shape[-1])
+                x_TD = dropout(x_TD, self.dropout)
+            h, probs_TGE = self._route(x_TD, context.token_mask(x), context, low_rank)
+            experts = ExpertWeights(self.lora_A, list(self.lora_B), self.scaling, low_rank, h)
+            updates = self.dispatcher.run(x_TD, probs_TGE, experts, self.name)
+        if not isinstance(updates, Tensor):
+            return updates
+        y = updates.to(x.dtype).view(*x.shape[:-1], updates.shape[-1])
         return y.split(self.out_features, dim=-1)
 
     def _context(self) -> ForwardContext:
@@ -183,24 +198,32 @@ class InputGroup(nn.Module):
             context = ForwardContext(recording=False)
         return context
 
-    def _route(self, x_TD: Tensor, mask_T: Tensor | None, context: ForwardContext) -> Tensor:
-        """Routing weights ``(T, G, E)`` float32; zero for tokens that are not routed."""
+    def _route(
+        self, x_TD: Tensor, mask_T: Tensor | None, context: ForwardContext, low_rank: bool
+    ) -> tuple[Sequence[Tensor] | None, Tensor]:
+        """``x A^T`` by projection where the dispatcher can use it, and routing weights ``(T, G, E)`` float32.
+
+        They are zero for tokens that are not routed. In memory both have the tokens innermost.
+        """
         num_tokens, num_members = x_TD.shape[0], len(self.members)
-        lam_T = live_units_H = None
-        if self.gate is None:
-            logits = x_TD.new_zeros(num_tokens, num_members, self.num_experts, dtype=torch.float32)
-        else:
-            # Routing is float32 from here on: the support must not hang on bf16 rounding.
-            logits = F.linear(x_TD.float(), self.gate.view(-1, self.in_features).float())
-            logits = logits.view(num_tokens, num_members, self.num_experts)
+        lora_A = first_layer = lam_T = live_units_H = None
+        if low_rank and getattr(self.dispatcher, "experts_are_here", False):
+            lora_A = self.lora_A
         if self.router.uses_lambda:
-            lam_T, live_units_H = self.lambda_mlp(x_TD)
+            first_layer = self.lambda_mlp.first_layer
+        h, logits, hidden_HT = shared_input(x_TD, lora_A, self.gate, first_layer)
+        if logits is None:
+            logits = x_TD.new_zeros(num_members * self.num_experts, num_tokens, dtype=torch.float32)
+        if hidden_HT is not None:
+            lam_T, live_units_H = self.lambda_mlp.lambda_of(hidden_HT)
+        logits = logits.view(num_members, self.num_experts, num_tokens)
         probs = self.router.weights(logits, lam_T)
         if mask_T is not None and self.mask_padding:
-            probs = torch.where(mask_T.view(-1, 1, 1), probs, 0.0)
+            probs = torch.where(mask_T, probs, 0.0)
+        logits, probs = logits.permute(2, 0, 1), probs.permute(2, 0, 1)
         if context.recording and self.gate is not None:
             context.records.append(RoutingRecord(self.name, logits, probs, lam_T, mask_T, live_units_H))
-        return probs
+        return h, probs
 
     def extra_repr(self) -> str:
         held = self.topology.local_experts(self.num_experts)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldmole_ds.ops.shared_input import shared_input
+
 LAMBDA_EPS = 1e-2
 BIAS_INIT = -2.5
 
@@ -45,9 +47,19 @@ class LambdaMLP(nn.Module):
         self.weight_out = uniform(1, hidden_size)
         self.bias_out = nn.Parameter(torch.full((1,), BIAS_INIT, dtype=dtype, device=device))
 
+    @property
+    def first_layer(self) -> tuple[Tensor, Tensor]:
+        """Weight ``(H, D)`` and bias ``(H,)`` of what `shared_input` computes together with the router."""
+        return self.weight_in, self.bias_in
+
+    def lambda_of(self, hidden_HT: Tensor) -> tuple[Tensor, Tensor]:
+        """From the hidden units: ``lambda (T,) float32, live units (H,) bool without gradient``."""
+        dtype = hidden_HT.dtype
+        bias_T = self.bias_out.to(dtype).expand(hidden_HT.shape[1])
+        logit_T = torch.addmv(bias_T, hidden_HT.t(), self.weight_out[0].to(dtype))
+        live_units_H = hidden_HT.detach().sum(1) > 0  # a sum is much quicker than any() and the units are not negative
+        return F.logsigmoid(logit_T) + (1 - LAMBDA_EPS), live_units_H
+
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """``(T, D) -> lambda (T,) float32, live units (H,) bool without gradient``. Computed in float32."""
-        hidden_TH = F.relu(F.linear(x_TD.float(), self.weight_in.float(), self.bias_in.float()))
-        logit_T = F.linear(hidden_TH, self.weight_out.float(), self.bias_out.float()).squeeze(-1)
-        live_units_H = (hidden_TH.detach() > 0).any(0)
-        return F.logsigmoid(logit_T) + (1 - LAMBDA_EPS), live_units_H
+        return self.lambda_of(shared_input(x_TD, None, None, self.first_layer)[2])

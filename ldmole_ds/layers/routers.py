@@ -1,7 +1,8 @@
 """Routers: from logits and lambda to routing weights. Adding one is adding a function and a row here.
 
 A router is a plain object without parameters (the input group owns the gate), so that every router shares the same
-dispatch, losses, checkpoints and reports. Shape legend: T tokens, G projections, E experts.
+dispatch, losses, checkpoints and reports. Tokens come last, so that what is done per expert runs along them. Shape
+legend: T tokens, G projections, E experts.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Router:
     """How routing weights are made.
 
     Attributes:
-        weights: ``(logits (T, G, E) float32, lam (T,) float32 or None) -> probs (T, G, E) float32``.
+        weights: ``(logits (G, E, T) float32, lam (T,) float32 or None) -> probs (G, E, T) float32``.
         uses_gate: Whether there are router logits at all.
         uses_lambda: Whether the lambda MLP is needed.
     """
@@ -31,21 +32,21 @@ class Router:
 
 
 def _learned(logits: Tensor, lam: Tensor | None) -> Tensor:
-    return sparsegen(logits, lam.unsqueeze(-1))
+    return sparsegen(logits, lam, dim=1)
 
 
 def _fixed(fixed_lambda: float) -> Callable[[Tensor, Tensor | None], Tensor]:
-    return lambda logits, lam: sparsegen(logits, logits.new_tensor(fixed_lambda))
+    return lambda logits, lam: sparsegen(logits, logits.new_tensor(fixed_lambda), dim=1)
 
 
 def _softmax(logits: Tensor, lam: Tensor | None) -> Tensor:
-    return logits.softmax(-1)
+    return logits.softmax(1)
 
 
 def _topk(k: int) -> Callable[[Tensor, Tensor | None], Tensor]:
     def weights(logits: Tensor, lam: Tensor | None) -> Tensor:
-        top, index = logits.topk(min(k, logits.shape[-1]), dim=-1)
-        return torch.zeros_like(logits).scatter(-1, index, top.softmax(-1))
+        top, index = logits.topk(min(k, logits.shape[1]), dim=1)
+        return torch.zeros_like(logits).scatter(1, index, top.softmax(1))
 
     return weights
 

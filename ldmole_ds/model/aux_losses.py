@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,11 @@ NAMES = ("sparsity", "load_balancing", "router_z")
 
 @dataclass
 class RoutingBatch:
-    """Records of groups with equal T and E, side by side, so that each statistic is one operation for all of them."""
+    """Records of groups with equal T and E, side by side, so that each statistic is one operation for all of them.
+
+    As in the records the tokens are innermost in memory, where sums over them are quick. The routing weights of padding
+    are zero (they already are where padding is not routed).
+    """
 
     names: list[tuple[str, int]]
     logits_TJE: Tensor
@@ -56,14 +61,37 @@ class RoutingBatch:
         names = [(r.group, j) for r in records for j in range(r.logits_TGE.shape[1])]
         lam = None
         if records[0].lam_T is not None:
-            lam = torch.cat([r.lam_T.unsqueeze(1).expand(-1, r.logits_TGE.shape[1]) for r in records], 1)
-        return cls(
-            names,
-            torch.cat([r.logits_TGE for r in records], 1),
-            torch.cat([r.probs_TGE for r in records], 1),
-            lam,
-            records[0].mask_T,
-        )
+            lam = torch.cat([r.lam_T.expand(r.logits_TGE.shape[1], -1) for r in records]).t()
+        logits = torch.cat([r.logits_TGE.permute(1, 2, 0) for r in records]).permute(2, 0, 1)
+        probs = torch.cat([r.probs_TGE.permute(1, 2, 0) for r in records]).permute(2, 0, 1)
+        mask = records[0].mask_T
+        if mask is not None:
+            probs = torch.where(mask.view(-1, 1, 1), probs, 0.0)
+        return cls(names, logits, probs, lam, mask)
+
+    @cached_property
+    def active(self) -> Tensor:
+        """``(J, E)`` float32: real tokens that give each expert a non-zero weight."""
+        # The sign of a weight is 1 or 0; on a CPU sums of floats are several times as fast as those of bool.
+        return self.probs_TJE.detach().sign().sum(0)
+
+    @cached_property
+    def num_tokens(self) -> Tensor:
+        """Real tokens."""
+        return self.num_rows if self.mask_T is None else self.mask_T.sum()
+
+    @cached_property
+    def num_rows(self) -> Tensor:
+        """Tokens with padding."""
+        return torch.tensor(self.logits_TJE.shape[0], device=self.logits_TJE.device)
+
+    @cached_property
+    def broken(self) -> Tensor:
+        """``(J,)`` bool: projections with a non-finite router logit or lambda on some token."""
+        zero_J = self.logits_TJE.detach().mul(0).sum((0, 2))  # or NaN
+        if self.lam_TJ is not None:
+            zero_J = zero_J + self.lam_TJ.detach().mul(0).sum(0)
+        return zero_J != 0
 
 
 @dataclass(frozen=True)
@@ -106,10 +134,10 @@ def auxiliary_losses(
     """
     if not batches:
         return {name: torch.zeros((), device=device) for name in NAMES}
-    active = [_active_counts(b) for b in batches]
-    num_tokens = torch.stack([_count(b, masked=True) for b in batches])
-    num_routed = torch.stack([_count(b, masked=mask_padding) for b in batches])
-    broken = torch.cat([_broken(b) for b in batches])
+    active = [b.active for b in batches]
+    num_tokens = torch.stack([b.num_tokens for b in batches])
+    num_routed = num_tokens if mask_padding else torch.stack([b.num_rows for b in batches])
+    broken = torch.cat([b.broken for b in batches])
     local = torch.cat([*(a.flatten() for a in active), num_tokens, num_routed, broken]).double()
     total = local.clone()
     if normalizer.reduce and normalizer.world_size > 1:
@@ -143,7 +171,7 @@ def auxiliary_losses(
         if not normalizer.global_statistics:
             counts, tokens, scale = active[i].float(), num_tokens[i].float(), per_rank_factor
         share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
-        mean_probs = _counted_probs(batch).sum(0) / tokens.clamp(min=1)
+        mean_probs = batch.probs_TJE.sum(0) / tokens.clamp(min=1)
         balance = batch.logits_TJE.shape[-1] * (share * mean_probs).sum()
         sums["load_balancing"] = sums["load_balancing"] + scale / normalizer.accumulation_steps * balance
     if adaptive_l1 is not None and normalizer.reduce:
@@ -152,25 +180,3 @@ def auxiliary_losses(
         adaptive_l1.observe(sum(a.sum() for a in active_all), allowed, normalizer.accumulation_steps)
     num_projections = sum(len(b.names) for b in batches)
     return {name: value / num_projections for name, value in sums.items()}
-
-
-def _counted_probs(batch: RoutingBatch) -> Tensor:
-    """Routing weights of real tokens; padding zeroed (it already is where padding is not routed)."""
-    return batch.probs_TJE if batch.mask_T is None else torch.where(batch.mask_T.view(-1, 1, 1), batch.probs_TJE, 0.0)
-
-
-def _active_counts(batch: RoutingBatch) -> Tensor:
-    """``(J, E)``: real tokens that give each expert a non-zero weight."""
-    return (_counted_probs(batch).detach() > 0).sum(0)
-
-
-def _broken(batch: RoutingBatch) -> Tensor:
-    """``(J,)`` bool: projections with a non-finite router logit or lambda on some token."""
-    broken = (~torch.isfinite(batch.logits_TJE)).any(2).any(0)
-    return broken if batch.lam_TJ is None else broken | (~torch.isfinite(batch.lam_TJ)).any(0)
-
-
-def _count(batch: RoutingBatch, masked: bool) -> Tensor:
-    if masked and batch.mask_T is not None:
-        return batch.mask_T.sum()
-    return torch.tensor(batch.logits_TJE.shape[0], device=batch.logits_TJE.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldmole_ds.distributed import ExpertParallel
 from ldmole_ds.layers import RoutingRecord
-from ldmole_ds.model.aux_losses import RoutingBatch, _active_counts, _count
+from ldmole_ds.model.aux_losses import RoutingBatch
 
 
 class RoutingStatistics:
@@ -48,8 +48,8 @@ class RoutingStatistics:
     def add(self, batches: list[RoutingBatch], records: list[RoutingRecord]) -> None:
         """Add one forward pass."""
         for batch in batches:
-            active_JE = _active_counts(batch).double()
-            tokens_J = _count(batch, masked=True).double().expand(len(batch.names))
+            active_JE = batch.active.double()
+            tokens_J = batch.num_tokens.double().expand(len(batch.names))
             lam_J = lam_square_J = torch.zeros_like(tokens_J)
             if batch.lam_TJ is not None:
                 lam = batch.lam_TJ.double()

@@ -30,58 +30,64 @@ from torch import Tensor
 PAIRWISE_MAX_EXPERTS = 16
 
 
-def _support_pairwise(z: Tensor, slack: Tensor) -> Tensor:
-    """Support by pairwise comparison: i is in it iff ``slack > sum_j max(z_j - z_i, 0)``. Shapes: sparsegen."""
-    excess = (z.unsqueeze(-2) - z.unsqueeze(-1)).clamp_(min=0).sum(-1)
-    return excess < slack
+def _support_pairwise(z: Tensor, slack: Tensor, dim: int, out: Tensor) -> None:
+    """Support by pairwise comparison: i is in it iff ``slack > sum_j max(z_j - z_i, 0)``; 1 and 0 to ``out``."""
+    excess = (z.unsqueeze(dim) - z.unsqueeze(dim + 1)).clamp_(min=0).sum(dim + 1)
+    torch.lt(excess, slack, out=out)
 
 
-def _support_sorted(z: Tensor, slack: Tensor) -> Tensor:
+def _support_sorted(z: Tensor, slack: Tensor, dim: int, out: Tensor) -> None:
     """Support by one sort: the condition ``slack + k z_(k) > U_k`` holds for the k largest entries."""
-    z_desc = z.sort(dim=-1, descending=True).values
-    ranks = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
-    k = (slack + ranks * z_desc > z_desc.cumsum(-1)).sum(-1, keepdim=True).clamp_(min=1)
-    return z >= z_desc.gather(-1, k - 1)
+    z_desc = z.sort(dim=dim, descending=True).values
+    ranks = torch.arange(1, z.shape[dim] + 1, device=z.device, dtype=z.dtype)
+    ranks = ranks.view([-1 if i == dim else 1 for i in range(z.dim())])
+    k = (slack + ranks * z_desc > z_desc.cumsum(dim)).sum(dim, keepdim=True).clamp_(min=1)
+    torch.ge(z, z_desc.gather(dim, k - 1), out=out)
 
 
 class _Sparsegen(torch.autograd.Function):
-    """``(logits (..., E), lam (...)) -> probs (..., E)`` with the analytic backward of the module docstring."""
+    """``(logits (..., E, ...), lam) -> probs`` with the analytic backward of the module docstring.
+
+    Support and all else are floats: on a CPU mixing them with bool costs several times as much as the arithmetic.
+    """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, lam: Tensor) -> Tensor:
+    def forward(ctx, logits: Tensor, lam: Tensor, dim: int) -> Tensor:
         dtype = torch.promote_types(logits.dtype, torch.float32)
         u = logits.to(dtype)
-        slack = (1 - lam.to(dtype)).unsqueeze(-1)
+        slack = (1 - lam.to(dtype)).unsqueeze(dim)
         # An infinite lambda, or one of at least 1, would give finite weights on one path or the other.
         slack = torch.where((slack > 0) & (slack < torch.inf), slack, torch.nan)
-        z = u - u.amax(-1, keepdim=True)
-        find_support = _support_pairwise if z.shape[-1] <= PAIRWISE_MAX_EXPERTS else _support_sorted
-        support = find_support(z, slack)
-        k = support.sum(-1, keepdim=True, dtype=dtype)
+        z = u - u.amax(dim, keepdim=True)
+        find_support = _support_pairwise if z.shape[dim] <= PAIRWISE_MAX_EXPERTS else _support_sorted
+        support = torch.empty(z.shape, dtype=dtype, device=z.device)
+        find_support(z, slack, dim, support)
+        k = support.sum(dim, keepdim=True)
         # p_i - 1/k is formed before 1/k is added: the backward for lambda needs it without cancellation.
-        centred = (z - (z * support).sum(-1, keepdim=True) / k) / slack
+        centred = (z - (z * support).sum(dim, keepdim=True).div_(k)).div_(slack)
         # A new tensor: compiled by torch 2.11, an output made in place, or by a cast to its dtype, has no gradient.
         probs = (centred + 1 / k).clamp_(min=0) * support
         ctx.save_for_backward(support, centred, slack)
-        ctx.logits_dtype, ctx.lam_dtype = logits.dtype, lam.dtype
+        ctx.logits_dtype, ctx.lam_dtype, ctx.dim = logits.dtype, lam.dtype, dim
         return probs if probs.dtype == logits.dtype else probs.to(logits.dtype)
 
     @staticmethod
-    def backward(ctx, grad_probs: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, grad_probs: Tensor) -> tuple[Tensor, Tensor, None]:
         support, centred, slack = ctx.saved_tensors
         grad = grad_probs.to(slack.dtype) * support
-        mean = grad.sum(-1, keepdim=True) / support.sum(-1, keepdim=True)
-        grad_logits = (grad - mean) * support / slack
-        grad_lam = (grad_logits * centred).sum(-1)
-        return grad_logits.to(ctx.logits_dtype), grad_lam.to(ctx.lam_dtype)
+        mean = grad.sum(ctx.dim, keepdim=True).div_(support.sum(ctx.dim, keepdim=True))
+        grad_logits = (grad - mean).mul_(support).div_(slack)
+        grad_lam = (grad_logits * centred).sum(ctx.dim)
+        return grad_logits.to(ctx.logits_dtype), grad_lam.to(ctx.lam_dtype), None
 
 
-def sparsegen(logits: Tensor, lam: Tensor | float) -> Tensor:
+def sparsegen(logits: Tensor, lam: Tensor | float, dim: int = -1) -> Tensor:
     """Sparsegen routing weights.
 
     Args:
         logits: Router logits ``u``, ``(..., E)``, any float dtype.
         lam: lambda, ``(...)`` or broadcastable to it, or one number; below 1.
+        dim: Where E is in the shape of ``logits``; fastest where E is not the innermost dimension.
 
     Returns:
         Weights on the simplex, ``(..., E)`` in the dtype of ``logits``; many are exactly 0, never all of them.
@@ -90,7 +96,8 @@ def sparsegen(logits: Tensor, lam: Tensor | float) -> Tensor:
     keep_dtype = isinstance(lam, Tensor) and lam.is_floating_point()
     dtype = None if keep_dtype else torch.promote_types(logits.dtype, torch.float32)
     lam = torch.as_tensor(lam, dtype=dtype, device=logits.device)
-    return _Sparsegen.apply(logits, lam.expand(logits.shape[:-1]))
+    dim = dim % logits.dim()
+    return _Sparsegen.apply(logits, lam.expand(logits.shape[:dim] + logits.shape[dim + 1 :]), dim)
 
 
 def sparsegen_reference(logits: Tensor, lam: Tensor) -> Tensor:

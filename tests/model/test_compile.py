@@ -48,6 +48,13 @@ def assert_same(found, expected):
         assert value.norm() > 0 and (grads[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
+def assert_same_routing(found, expected):
+    assert found.keys() == expected.keys()
+    for projection, stats in expected.items():
+        approximate = {key: pytest.approx(value) if isinstance(value, float) else value for key, value in stats.items()}
+        assert found[projection] == approximate
+
+
 def test_forward_and_backward_with_dropout():
     eager, model, batch = one_layer(lora_dropout=0.1), one_layer(lora_dropout=0.1), ragged_batch(rows=4, width=6)
     assert_same(step(torch.compile(model, backend="aot_eager"), model, batch), step(eager, eager, batch))
@@ -62,7 +69,7 @@ def test_training_over_many_lengths_evaluation_and_training_again():
         batch = ragged_batch(rows=4, width=width, seed=seed)
         assert_same(step(compiled, model, batch), step(eager, eager, batch))
     assert counters["stats"]["unique_graphs"] == 2, "one graph for the first length, one for all others"
-    assert model.routing_summary() == eager.routing_summary()
+    assert_same_routing(model.routing_summary(), eager.routing_summary())
 
     batch = ragged_batch(rows=3, width=8, seed=9)
     with torch.no_grad():

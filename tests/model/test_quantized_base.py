@@ -72,7 +72,7 @@ def test_evaluation_of_a_4_bit_base_is_exact_and_of_int8_as_close_as_its_inputs_
 
 def test_bfloat16():
     """Products in bfloat16 round alike; int8 weights are not rounded to bfloat16 in the same place."""
-    for kind, tolerance in (("nf4", 1e-5), ("int8", 3e-2)):
+    for kind, tolerance in (("nf4", 1e-5), ("int8", 6e-2)):
         model = wrapped(quantized_llama(kind, torch.bfloat16).bfloat16(), adapter_dtype="bfloat16")
         expected = wrapped(dequantized_llama(kind).bfloat16(), adapter_dtype="bfloat16")
         assert all(p.dtype in (torch.bfloat16, torch.uint8, torch.int8) for p in model.parameters())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldmole_ds.ops import load_balancing_loss, lower_lambda, router_z_loss, sparsegen, sparsity_loss
-from ldmole_ds.ops.losses import router_z_sum, sparsity_sum
+from ldmole_ds.ops.losses import largest_by_insertion, router_z_sum, sparsity_sum
 
 
 def test_balanced_routing_costs_one():
@@ -50,6 +50,13 @@ def test_lower_lambda_is_the_smallest_that_leaves_at_most_k_experts(num_experts)
         assert usable.sum() > 40
         above, below = ((sparsegen(logits, lowest + step) > 0).sum(-1)[usable] for step in (1e-4, -1e-4))
         assert (above <= k).all() and (below > k).all()
+
+
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_insertion_finds_what_topk_finds(n):
+    values = torch.randn(40, 2, 5)
+    values[:10] = values[:10].round()  # ties
+    torch.testing.assert_close(torch.stack(largest_by_insertion(values, n), -1), values.topk(n).values, rtol=0, atol=0)
 
 
 def test_lower_lambda_by_hand():

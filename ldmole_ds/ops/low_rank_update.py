@@ -1,0 +1,92 @@
+"""The experts' sum added to a frozen projection's output, without a tensor of its own.
+
+Shape legend: T tokens, O out_features, e experts, r rank.
+
+    y += scaling * sum_i p_i B_i h_i        h_i = A_i x
+
+``(h * p)`` and then the stacked B are one product that accumulates in y. Neither the sum nor anything else of size O is
+kept for backward: it needs h and p alone, since the gradient of y is that of the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def _weighted(h_XT: Tensor, p_eT: Tensor, scaling: float) -> Tensor:
+    """``(e * r, T)``: each expert's r rows times its routing weight."""
+    return (_by_expert(h_XT, p_eT) * (p_eT * scaling).unsqueeze(1)).view(h_XT.shape)
+
+
+def _by_expert(h_XT: Tensor, p_eT: Tensor) -> Tensor:
+    """``(e * r, T) -> (e, r, T)``; T may be 0."""
+    e, t = p_eT.shape
+    return h_XT.view(e, h_XT.shape[0] // e, t)
+
+
+class _AddLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, h_XT, p_eT, lora_B, scaling, in_place):
+        ctx.save_for_backward(h_XT, p_eT, lora_B)
+        ctx.scaling = scaling
+        o = y.shape[-1]
+        with torch.autocast(y.device.type, enabled=False):
+            factors = (_weighted(h_XT, p_eT, scaling).t(), lora_B.reshape(-1, o))
+            if in_place:
+                ctx.mark_dirty(y)
+                y.view(-1, o).addmm_(*factors)
+                return y
+            return torch.addmm(y.reshape(-1, o), *factors).view(y.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        h_XT, p_eT, lora_B = ctx.saved_tensors
+        need_h, need_p, need_B = ctx.needs_input_grad[1:4]
+        grad_h = grad_p = grad_B = None
+        with torch.autocast(grad.device.type, enabled=False):
+            grad = grad.contiguous()
+            grad_TO = grad.view(-1, grad.shape[-1])
+            if need_B:
+                grad_B = (_weighted(h_XT, p_eT, ctx.scaling) @ grad_TO).view_as(lora_B)
+            if need_h or need_p:
+                grad_hp = _by_expert(lora_B.reshape(-1, grad_TO.shape[1]) @ grad_TO.t(), p_eT)
+            if need_p:
+                grad_p = (grad_hp * _by_expert(h_XT, p_eT)).sum(1).mul_(ctx.scaling)
+            if need_h:
+                grad_h = grad_hp.mul_((p_eT * ctx.scaling).unsqueeze(1)).view(h_XT.shape)
+        return grad, grad_h, grad_p, grad_B, None, None
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """The sum over a projection's experts, in factors.
+
+    Attributes:
+        h_XT: ``A x`` of all its experts, ``(e * r, T)``.
+        p_eT: Routing weights, ``(e, T)``, in the dtype of h.
+        lora_B: ``(e, r, O)``.
+        scaling: ``lora_alpha / r``.
+    """
+
+    h_XT: Tensor
+    p_eT: Tensor
+    lora_B: Tensor
+    scaling: float
+
+    def add_to(self, y: Tensor, in_place: bool) -> Tensor:
+        """``y (..., O)`` plus the sum. ``in_place``: y is overwritten; nothing else may need its old values."""
+        if y.dtype != self.h_XT.dtype:  # adapters in float32 beside a half-precision base
+            total = torch.zeros(y.shape, dtype=self.h_XT.dtype, device=y.device)
+            return y + self.add_to(total, in_place=True).to(y.dtype)
+        # What autograd does about an in-place change of a view costs more than a new tensor.
+        in_place = in_place and y.is_contiguous() and not y._is_view()
+        return _AddLowRank.apply(y, self.h_XT, self.p_eT, self.lora_B, self.scaling, in_place)
+
+    def add_to_reference(self, y: Tensor) -> Tensor:
+        """The same with every expert's output written out, differentiated by autograd."""
+        outputs_eTO = torch.einsum("ert,ero->eto", _by_expert(self.h_XT, self.p_eT), self.lora_B)
+        total = self.scaling * torch.einsum("et,eto->to", self.p_eT, outputs_eTO)
+        return y + total.view(y.shape).to(y.dtype)

@@ -1,0 +1,127 @@
+"""Everything that an input group multiplies its input with, as one product.
+
+Shape legend: T tokens, D in_features, N rows of all weights together, H hidden units of the lambda MLP.
+
+    [h; u; s] = [A; G; W1] x        hidden = relu(s + b1)
+
+The LoRA A matrices, the routers and the lambda MLP's first layer read the same x. One product over their stacked rows
+reads x once forward, and backward gives one gradient of x, where three products would read x three times and add three
+gradients of its size. Only x and the ReLU's result are kept. Results are feature-major, ``(N, T)``: each weight's rows
+are one contiguous block, and what is done per expert runs along the tokens.
+
+Router and lambda MLP are computed in float32 whatever the dtype of the experts; in half precision that makes two
+products, A's and theirs, and x is kept in its own dtype alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# (weight, bias) of the lambda MLP's first layer.
+FirstLayer = tuple[Tensor, Tensor]
+
+
+class _SharedInput(torch.autograd.Function):
+    """Results: one for each projection of lora_A, then those in float32, of which the last has bias and ReLU."""
+
+    @staticmethod
+    def forward(ctx, x_TD, bias_H, lora_A, *routing):
+        results: list[Tensor] = []
+        for weights, wide in _products(x_TD.dtype, lora_A, routing):
+            sizes = [rows for w in weights for rows in _piece_sizes(w, w is lora_A)]
+            results += (_stacked(weights, wide) @ _cast(x_TD, wide).t()).split(sizes)
+        ctx.bias_dtype = None if bias_H is None else bias_H.dtype
+        if bias_H is not None:
+            results[-1].add_(_cast(bias_H, True).unsqueeze(1)).relu_()
+        ctx.save_for_backward(x_TD, None if bias_H is None else results[-1], lora_A, *routing)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x_TD, hidden_HT, lora_A, *routing = ctx.saved_tensors
+        grads, grad_bias = list(grads), None
+        if hidden_HT is not None:
+            grads[-1] = torch.ops.aten.threshold_backward(grads[-1], hidden_HT, 0)
+            grad_bias = grads[-1].sum(1).to(ctx.bias_dtype)
+        need_x, _, *need_weights = ctx.needs_input_grad
+        grad_x, grad_weights = None, [] if lora_A is not None else [None]
+        for weights, wide in _products(x_TD.dtype, lora_A, routing):
+            pieces = sum(len(_piece_sizes(w, w is lora_A)) for w in weights)
+            grad_NT, grads = torch.cat(grads[:pieces]), grads[pieces:]
+            if need_x:
+                product = (grad_NT.t() @ _stacked(weights, wide)).to(x_TD.dtype)
+                grad_x = product if grad_x is None else grad_x.add_(product)
+            if any(need_weights):
+                product = (grad_NT @ _cast(x_TD, wide)).to(x_TD.dtype)
+                rows = product.split([w.numel() // w.shape[-1] for w in weights])
+                grad_weights += [row.view(w.shape) for row, w in zip(rows, weights, strict=True)]
+        return grad_x, grad_bias, *(grad_weights if any(need_weights) else [None] * len(need_weights))
+
+
+def _products(dtype: torch.dtype, lora_A: Tensor | None, routing: Sequence[Tensor]) -> list[tuple[list[Tensor], bool]]:
+    """What is multiplied together, and whether in a wider dtype than x's: router and lambda MLP, in half precision."""
+    experts, routing = [] if lora_A is None else [lora_A], list(routing)
+    if dtype.itemsize >= torch.float32.itemsize:
+        return [(experts + routing, False)]
+    return [(weights, wide) for weights, wide in ((experts, False), (routing, True)) if weights]
+
+
+def _piece_sizes(weight: Tensor, by_projection: bool) -> list[int]:
+    rows = weight.numel() // weight.shape[-1]
+    return [rows // len(weight)] * len(weight) if by_projection else [rows]
+
+
+def _cast(tensor: Tensor, wide: bool) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if wide else tensor
+
+
+def _stacked(weights: Sequence[Tensor], wide: bool) -> Tensor:
+    rows = [w.reshape(-1, w.shape[-1]) for w in weights]
+    return _cast(torch.cat(rows) if len(rows) > 1 else rows[0], wide)
+
+
+def shared_input(
+    x_TD: Tensor, lora_A: Tensor | None, gate: Tensor | None, first_layer: FirstLayer | None
+) -> tuple[list[Tensor] | None, Tensor | None, Tensor | None]:
+    """All products of one input; see the module docstring.
+
+    Args:
+        x_TD: Tokens, ``(T, D)``; T may be 0.
+        lora_A: ``(G, e, r, D)`` in the dtype of x; None when it is not wanted here.
+        gate: ``(G, E, D)`` router weights, or None.
+        first_layer: Weight ``(H, D)`` and bias ``(H,)`` of the lambda MLP's first layer, or None.
+
+    Returns:
+        h, G times ``(e * r, T)`` in the dtype of x; logits ``(G * E, T)`` and hidden ``(H, T)`` after the ReLU, both
+        float32 (float64 for float64 input); None for what was not asked for.
+    """
+    if torch.compiler.is_compiling():
+        return shared_input_reference(x_TD, lora_A, gate, first_layer)
+    weight_in, bias_in = first_layer or (None, None)
+    routing = [w for w in (gate, weight_in) if w is not None]
+    if lora_A is None and not routing:
+        return None, None, None
+    results = list(_SharedInput.apply(x_TD, bias_in, lora_A, *routing))
+    hidden = None if first_layer is None else results.pop()
+    logits = None if gate is None else results.pop()
+    return None if lora_A is None else results, logits, hidden
+
+
+def shared_input_reference(
+    x_TD: Tensor, lora_A: Tensor | None, gate: Tensor | None, first_layer: FirstLayer | None
+) -> tuple[list[Tensor] | None, Tensor | None, Tensor | None]:
+    """The same, product by product, differentiated by autograd."""
+    wide = _cast(x_TD, True)
+    h = logits = hidden = None
+    if lora_A is not None:
+        h = [F.linear(x_TD, a.flatten(0, 1)).t() for a in lora_A]
+    if gate is not None:
+        logits = F.linear(wide, gate.flatten(0, 1).to(wide.dtype)).t()
+    if first_layer is not None:
+        weight, bias = (t.to(wide.dtype) for t in first_layer)
+        hidden = F.linear(wide, weight, bias).relu().t()
+    return h, logits, hidden

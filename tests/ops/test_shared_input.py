@@ -1,0 +1,81 @@
+"""One product for all that reads an input, against product by product.
+
+T tokens, D in_features, G projections, E experts, R rank, H hidden units.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from ldmole_ds.ops.shared_input import shared_input, shared_input_reference
+
+G, E, R, H = 2, 3, 2, 5
+GIVEN = list(itertools.product([True, False], repeat=3))
+
+
+def inputs_of(t=7, d=3, dtype=torch.float64):
+    shapes = [(t, d), (G, E, R, d), (G, E, d), (H, d), (H,)]
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def call(function, given, x, lora_A, gate, weight, bias):
+    experts, router, lam = given
+    h, *others = function(x, lora_A if experts else None, gate if router else None, (weight, bias) if lam else None)
+    assert [result is not None for result in (h, *others)] == list(given)
+    return tuple(result for result in (*(h or ()), *others) if result is not None)
+
+
+@pytest.mark.parametrize("given", GIVEN, ids=str)
+@pytest.mark.parametrize("t", [7, 1, 0])
+def test_values_and_gradients_equal_the_reference(given, t):
+    inputs = inputs_of(t)
+    found, expected = call(shared_input, given, *inputs), call(shared_input_reference, given, *inputs)
+    if not any(given):
+        return
+    cotangents = [torch.randn_like(value) for value in expected]
+    grads = torch.autograd.grad(found, inputs, cotangents, allow_unused=True)
+    wanted = torch.autograd.grad(expected, inputs, cotangents, allow_unused=True)
+    torch.testing.assert_close(found, expected)
+    for grad, value in zip(grads, wanted, strict=True):
+        assert (grad is None) == (value is None)
+        if value is not None:
+            torch.testing.assert_close(grad, value)
+            assert t == 0 or value.abs().max() > 0
+
+
+def test_gradcheck():
+    assert torch.autograd.gradcheck(lambda *inputs: call(shared_input, (True,) * 3, *inputs), inputs_of())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_router_and_lambda_in_float32(dtype):
+    inputs = inputs_of(dtype=dtype)
+    *h, logits, hidden = call(shared_input, (True,) * 3, *inputs)
+    assert [t.dtype for t in (*h, logits, hidden)] == [dtype, dtype, torch.float32, torch.float32]
+    x, _, gate, weight, bias = (t.detach().float() for t in inputs)
+    torch.testing.assert_close(logits, gate.flatten(0, 1) @ x.t())
+    torch.testing.assert_close(hidden, (weight @ x.t() + bias.unsqueeze(1)).relu())
+    expected = call(shared_input_reference, (True,) * 3, *inputs)
+    cotangents = [torch.randn_like(value) for value in expected]
+    grads = torch.autograd.grad((*h, logits, hidden), inputs, cotangents)
+    wanted = torch.autograd.grad(expected, inputs, cotangents)
+    for grad, value, tensor in zip(grads, wanted, inputs, strict=True):
+        assert grad.dtype == tensor.dtype == dtype
+        assert (grad.float() - value.float()).norm() <= 0.02 * value.float().norm()
+
+
+def test_what_needs_no_gradient_gets_none():
+    x, *weights = inputs_of()
+    for frozen in ([x], weights):
+        some = [t.detach().requires_grad_(all(t is not f for f in frozen)) for t in (x, *weights)]
+        sum(result.sum() for result in call(shared_input, (True,) * 3, *some)).backward()
+        assert [t.grad is not None for t in some] == [t.requires_grad for t in some]
+
+
+def test_only_x_and_the_hidden_units_are_kept():
+    """Nothing else of the size of the tokens: neither h nor the logits, nor x in another dtype."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        shared_input(*(lambda x, a, g, w, b: (x, a, g, (w, b)))(*inputs_of(50, dtype=torch.bfloat16)))
+    assert sorted(tuple(t.shape) for t in kept if 50 in t.shape) == [(H, 50), (50, 3)]
