@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from ldmole_ds.distributed.all_to_all import Channel, CommStats, all_to_all, exchange_counts, largest_of
 from ldmole_ds.distributed.expert_exchange import DispatchPlan, exchange_experts
 from ldmole_ds.distributed.topology import ExpertParallel
+from ldmole_ds.ops.fused_routing import destinations_of
 from ldmole_ds.ops.lora_experts import lora_experts, lora_experts_reference
 from ldmole_ds.ops.low_rank_update import LowRankUpdate
 from ldmole_ds.ops.shared_input import shared_input
@@ -76,6 +77,8 @@ class LocalTokenDispatcher:
     ep_size = 1
     # Whether the local experts are those of the local tokens, so that x A^T may be computed before routing is known.
     experts_are_here = True
+    # Whether `run` takes ``destinations`` (`destinations_of`), where routing has found them already.
+    takes_destinations = False
 
     def __init__(self, stats: CommStats | None = None) -> None:
         self.stats = stats or CommStats()
@@ -104,13 +107,22 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
         super().__init__(stats)
         self.topology, self.chunk_tokens = topology, chunk_tokens
         self.ep_size = topology.ep_size
+        self.takes_destinations = not chunk_tokens
 
-    def run(self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, layer: str) -> Tensor:
+    def run(
+        self,
+        x_TD: Tensor,
+        probs_TGE: Tensor,
+        experts: ExpertWeights,
+        layer: str,
+        destinations: Tensor | None = None,
+    ) -> Tensor:
         """See the module docstring. Counts, dispatch and combine forward; the twins of the last two backward."""
         channel, w_TGE = self.channel(layer), probs_TGE.to(x_TD.dtype)
         weights = (experts.scaling, experts.lora_A, *experts.lora_B)
         if not self.chunk_tokens:
-            return exchange_experts(x_TD, w_TGE, self.plan(probs_TGE, channel), channel, *weights)
+            plan = self.plan(probs_TGE, channel, **({} if destinations is None else {"destinations": destinations}))
+            return exchange_experts(x_TD, w_TGE, plan, channel, *weights)
         # Every rank runs as many chunks as the one with the most tokens; its own may be empty.
         num_chunks = -(-largest_of(x_TD.shape[0], channel, x_TD.device) // self.chunk_tokens)
         y = []
@@ -125,26 +137,27 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
         """The way of this layer's collectives."""
         return Channel(self.topology.ep_group, self.stats, layer)
 
-    def plan(self, probs_TGE: Tensor, channel: Channel) -> DispatchPlan:
+    def plan(self, probs_TGE: Tensor, channel: Channel, destinations: Tensor | None = None) -> DispatchPlan:
         """Who sends which token where, from the support of the routing weights. One count exchange, one host sync.
 
         Raises:
             FloatingPointError: Routing is not finite on some rank of the EP group; raised on all of them.
         """
-        t, g, e = probs_TGE.shape
         p, own = self.ep_size, self.topology.ep_rank
         with torch.no_grad():
-            active_TP = (probs_TGE.view(t, g, p, e // p) != 0).any(-1).any(1)
-            active_TP[:, own] = False
-            destination_S, token_index_S = active_TP.t().nonzero(as_tuple=True)
-            broken = (~torch.isfinite(probs_TGE).all()).long().expand(p)
-            sent = torch.stack([active_TP.sum(0), broken], dim=1)
+            if destinations is None:
+                destinations = destinations_of(probs_TGE, p, own)
+            counts = destinations.sum(1)
+            sent = torch.stack([counts[:-1], counts[-1].expand(p)], dim=1)
             received = exchange_counts(sent, channel)
             # NOTE: the one device-to-host synchronisation of a dispatch.
             (input_splits, _), (output_splits, flags) = torch.stack([sent, received]).transpose(1, 2).tolist()
-        if any(flags):
-            first = self.topology.rank - own
-            raise_non_finite(channel.layer, [first + i for i, flag in enumerate(flags) if flag])
+            if any(flags):
+                first = self.topology.rank - own
+                raise_non_finite(channel.layer, [first + i for i, flag in enumerate(flags) if flag])
+            # nonzero() would wait for the device to learn how many there are.
+            visits = destinations[:-1].nonzero_static(size=sum(input_splits))
+            destination_S, token_index_S = visits.unbind(1)
         return DispatchPlan(
             own_rank=own,
             token_index_S=token_index_S,

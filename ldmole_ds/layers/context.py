@@ -20,10 +20,13 @@ class RoutingRecord:
     Attributes:
         group: Name of the input group.
         logits_TGE: Router logits, float32, with their graph.
-        probs_TGE: Routing weights, float32, zero for tokens that are not routed, with their graph.
+        probs_TGE: Routing weights, float32, zero for tokens that are not routed, with their graph. With ``sums``: in
+            the dtype of the experts' products.
         lam_T: lambda per token, float32, or None for routers without one.
         mask_T: bool, True for tokens that are not padding; None when there is no padding mask.
         live_units_H: bool, lambda MLP hidden units that fired on some token; None for routers without one.
+        sums: ``Routing.sums`` of `ldmole_ds.ops.fused_routing`, where the kernel has made them: statistics and losses
+            come from them, with their graph, and not from the tensors above.
     """
 
     group: str
@@ -32,6 +35,7 @@ class RoutingRecord:
     lam_T: Tensor | None
     mask_T: Tensor | None
     live_units_H: Tensor | None
+    sums: Tensor | None = None
 
 
 @dataclass
@@ -41,11 +45,13 @@ class ForwardContext:
     Attributes:
         padding_mask: ``(B, S)`` bool, True for real tokens, or None.
         recording: Whether groups append to ``records`` (off while activation checkpointing recomputes).
+        target_num_experts: k of the sparsity loss.
         records: In the order in which the groups ran.
     """
 
     padding_mask: Tensor | None = None
     recording: bool = True
+    target_num_experts: int = 2
     records: list[RoutingRecord] = field(default_factory=list)
 
     def token_mask(self, x: Tensor) -> Tensor | None:
@@ -88,7 +94,7 @@ class ContextHolder:
         second pass does not record: auxiliary losses are counted once.
         """
         forward_context = self.current or ForwardContext()
-        replay = ForwardContext(padding_mask=forward_context.padding_mask, recording=False)
+        replay = ForwardContext(forward_context.padding_mask, False, forward_context.target_num_experts)
         return self.use(forward_context), self.use(replay)
 
 

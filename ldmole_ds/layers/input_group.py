@@ -30,6 +30,7 @@ from ldmole_ds.layers.context import ContextHolder, ForwardContext, RoutingRecor
 from ldmole_ds.layers.lambda_mlp import LambdaMLP
 from ldmole_ds.layers.routers import Router
 from ldmole_ds.ops.dropout import dropout
+from ldmole_ds.ops.fused_routing import RoutingSpec, fused_routing, uses_fused_routing
 from ldmole_ds.ops.low_rank_update import LowRankUpdate
 from ldmole_ds.ops.shared_input import shared_input
 
@@ -179,9 +180,9 @@ class InputGroup(nn.Module):
             x_TD = x.reshape(-1, self.in_features).to(self.lora_A.dtype)
             if self.dropout and self.training:
                 x_TD = dropout(x_TD, self.dropout)
-            h, probs_TGE = self._route(x_TD, context.token_mask(x), context, low_rank)
+            h, probs_TGE, plan = self._route(x_TD, context.token_mask(x), context, low_rank)
             experts = ExpertWeights(self.lora_A, list(self.lora_B), self.scaling, low_rank, h)
-            updates = self.dispatcher.run(x_TD, probs_TGE, experts, self.name)
+            updates = self.dispatcher.run(x_TD, probs_TGE, experts, self.name, **plan)
         if not isinstance(updates, Tensor):
             return updates
         y = updates.to(x.dtype).view(*x.shape[:-1], updates.shape[-1])
@@ -200,10 +201,11 @@ class InputGroup(nn.Module):
 
     def _route(
         self, x_TD: Tensor, mask_T: Tensor | None, context: ForwardContext, low_rank: bool
-    ) -> tuple[Sequence[Tensor] | None, Tensor]:
-        """``x A^T`` by projection where the dispatcher can use it, and routing weights ``(T, G, E)`` float32.
+    ) -> tuple[Sequence[Tensor] | None, Tensor, dict[str, Tensor]]:
+        """``x A^T`` by projection where the dispatcher can use it; routing weights ``(T, G, E)``; what else it gets.
 
-        They are zero for tokens that are not routed. In memory both have the tokens innermost.
+        The weights are zero for tokens that are not routed, and float32 but for the fused kernel's. In memory both have
+        the tokens innermost.
         """
         num_tokens, num_members = x_TD.shape[0], len(self.members)
         lora_A = first_layer = lam_T = live_units_H = None
@@ -214,16 +216,27 @@ class InputGroup(nn.Module):
         h, logits, hidden_HT = shared_input(x_TD, lora_A, self.gate, first_layer)
         if logits is None:
             logits = x_TD.new_zeros(num_members * self.num_experts, num_tokens, dtype=torch.float32)
-        if hidden_HT is not None:
-            lam_T, live_units_H = self.lambda_mlp.lambda_of(hidden_HT)
-        logits = logits.view(num_members, self.num_experts, num_tokens)
-        probs = self.router.weights(logits, lam_T)
-        if mask_T is not None and self.mask_padding:
-            probs = torch.where(mask_T, probs, 0.0)
+        logits, sums, plan = logits.view(num_members, self.num_experts, num_tokens), None, {}
+        if hidden_HT is not None and uses_fused_routing(logits):  # the one router with lambda is Sparsegen
+            lambda_logit_T, live_units_H = self.lambda_mlp.logit_of(hidden_HT)
+            travels = getattr(self.dispatcher, "takes_destinations", False)
+            ep_size = self.topology.ep_size if travels else 0
+            target, own_rank = context.target_num_experts, self.topology.ep_rank
+            spec = RoutingSpec(x_TD.dtype, target, self.mask_padding, ep_size, own_rank)
+            routing = fused_routing(logits, lambda_logit_T, mask_T, spec)
+            probs, lam_T, sums = routing.probs_GET, routing.lam_T, routing.sums
+            if travels:
+                plan["destinations"] = routing.destinations
+        else:
+            if hidden_HT is not None:
+                lam_T, live_units_H = self.lambda_mlp.lambda_of(hidden_HT)
+            probs = self.router.weights(logits, lam_T)
+            if mask_T is not None and self.mask_padding:
+                probs = torch.where(mask_T, probs, 0.0)
         logits, probs = logits.permute(2, 0, 1), probs.permute(2, 0, 1)
         if context.recording and self.gate is not None:
-            context.records.append(RoutingRecord(self.name, logits, probs, lam_T, mask_T, live_units_H))
-        return h, probs
+            context.records.append(RoutingRecord(self.name, logits, probs, lam_T, mask_T, live_units_H, sums))
+        return h, probs, plan
 
     def extra_repr(self) -> str:
         held = self.topology.local_experts(self.num_experts)

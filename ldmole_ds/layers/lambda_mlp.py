@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldmole_ds.ops.fused_routing import LAMBDA_TOP
 from ldmole_ds.ops.shared_input import shared_input
 
-LAMBDA_EPS = 1e-2
 BIAS_INIT = -2.5
 
 
@@ -52,13 +52,18 @@ class LambdaMLP(nn.Module):
         """Weight ``(H, D)`` and bias ``(H,)`` of what `shared_input` computes together with the router."""
         return self.weight_in, self.bias_in
 
-    def lambda_of(self, hidden_HT: Tensor) -> tuple[Tensor, Tensor]:
-        """From the hidden units: ``lambda (T,) float32, live units (H,) bool without gradient``."""
+    def logit_of(self, hidden_HT: Tensor) -> tuple[Tensor, Tensor]:
+        """From the hidden units: logsigmoid's argument ``(T,) float32, live units (H,) bool without gradient``."""
         dtype = hidden_HT.dtype
         bias_T = self.bias_out.to(dtype).expand(hidden_HT.shape[1])
         logit_T = torch.addmv(bias_T, hidden_HT.t(), self.weight_out[0].to(dtype))
         live_units_H = hidden_HT.detach().sum(1) > 0  # a sum is much quicker than any() and the units are not negative
-        return F.logsigmoid(logit_T) + (1 - LAMBDA_EPS), live_units_H
+        return logit_T, live_units_H
+
+    def lambda_of(self, hidden_HT: Tensor) -> tuple[Tensor, Tensor]:
+        """From the hidden units: ``lambda (T,) float32, live units (H,) bool without gradient``."""
+        logit_T, live_units_H = self.logit_of(hidden_HT)
+        return F.logsigmoid(logit_T) + LAMBDA_TOP, live_units_H
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """``(T, D) -> lambda (T,) float32, live units (H,) bool without gradient``. Computed in float32."""
