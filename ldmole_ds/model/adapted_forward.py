@@ -14,9 +14,10 @@ from ldmole_ds.distributed import CommStats, ExpertParallel, WeightGatherDispatc
 from ldmole_ds.layers import ForwardContext, InputGroup, LambdaMLP
 from ldmole_ds.layers.context import ContextHolder
 from ldmole_ds.model.adaptive_l1 import AdaptiveL1
-from ldmole_ds.model.aux_losses import Normalizer, RoutingBatch, auxiliary_losses
+from ldmole_ds.model.aux_losses import Normalizer, auxiliary_losses
 from ldmole_ds.model.hf_facade import adopt_signature, padding_mask_of, with_aux_losses
 from ldmole_ds.model.quantized import drop_quantization_state, has_quantized_layers
+from ldmole_ds.model.routing_batch import RoutingBatch
 from ldmole_ds.model.routing_stats import RoutingStatistics
 
 
@@ -118,7 +119,8 @@ class AdaptedForward(nn.Module):
         self._begin_gathering(accumulation_steps if self.training else 1)
         bound = self._bind(args, kwargs)
         mask = bound.get("attention_mask") if padding_mask is None else padding_mask
-        return bound, ForwardContext(padding_mask=padding_mask_of(mask))
+        target = self.adapter_config.target_num_experts
+        return bound, ForwardContext(padding_mask=padding_mask_of(mask), target_num_experts=target)
 
     def _begin_gathering(self, accumulation_steps: int) -> None:
         """Weights gathered for an earlier micro-step stay or go."""

@@ -58,14 +58,15 @@ class AdaptiveL1(nn.Module):
             self._passes = 0
 
 
-def balanced_l1_sum(probs: Tensor, active: Tensor, num_tokens: Tensor, k: int) -> Tensor:
+def balanced_l1_sum(prob_sums: Tensor, active: Tensor, num_tokens: Tensor, k: int) -> Tensor:
     """Sum over local tokens of ``sum_e f_e p_e``, see the module docstring: ``-> (J,)``.
 
     Args:
-        probs: Routing weights of the tokens that count (zero for others), ``(T, J, E)``.
+        prob_sums: Routing weights of the tokens that count, summed over them, ``(J, E)``.
         active: Tokens that use each expert, over all ranks, ``(J, E)``.
         num_tokens: Tokens over all ranks.
         k: Experts per token to aim at.
     """
-    load = probs.shape[-1] / (min(k, probs.shape[-1]) * num_tokens.clamp(min=1)) * active
-    return (load * probs.sum(0)).sum(-1)
+    num_experts = prob_sums.shape[-1]
+    load = num_experts / (min(k, num_experts) * num_tokens.clamp(min=1)) * active
+    return (load * prob_sums).sum(-1)

@@ -16,82 +16,17 @@ Shape legend: T local tokens, J projections, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ldmole_ds.distributed.dispatch import raise_non_finite
-from ldmole_ds.layers import RoutingRecord
 from ldmole_ds.model.adaptive_l1 import AdaptiveL1, balanced_l1_sum
-from ldmole_ds.ops.losses import router_z_sum, sparsity_sum
+from ldmole_ds.model.routing_batch import FusedRoutingBatch, RoutingBatch
 
 NAMES = ("sparsity", "load_balancing", "router_z")
-
-
-@dataclass
-class RoutingBatch:
-    """Records of groups with equal T and E, side by side, so that each statistic is one operation for all of them.
-
-    As in the records the tokens are innermost in memory, where sums over them are quick. The routing weights of padding
-    are zero (they already are where padding is not routed).
-    """
-
-    names: list[tuple[str, int]]
-    logits_TJE: Tensor
-    probs_TJE: Tensor
-    lam_TJ: Tensor | None
-    mask_T: Tensor | None
-
-    @classmethod
-    def collect(cls, records: Iterable[RoutingRecord]) -> list[RoutingBatch]:
-        """Group records that can be put side by side; the order is that of the forward pass."""
-        buckets: dict[tuple, list[RoutingRecord]] = {}
-        for record in records:
-            tokens, _, experts = record.logits_TGE.shape
-            key = (tokens, experts, record.mask_T is None, record.lam_T is None)
-            buckets.setdefault(key, []).append(record)
-        return [cls._side_by_side(bucket) for bucket in buckets.values()]
-
-    @classmethod
-    def _side_by_side(cls, records: list[RoutingRecord]) -> RoutingBatch:
-        names = [(r.group, j) for r in records for j in range(r.logits_TGE.shape[1])]
-        lam = None
-        if records[0].lam_T is not None:
-            lam = torch.cat([r.lam_T.expand(r.logits_TGE.shape[1], -1) for r in records]).t()
-        logits = torch.cat([r.logits_TGE.permute(1, 2, 0) for r in records]).permute(2, 0, 1)
-        probs = torch.cat([r.probs_TGE.permute(1, 2, 0) for r in records]).permute(2, 0, 1)
-        mask = records[0].mask_T
-        if mask is not None:
-            probs = torch.where(mask.view(-1, 1, 1), probs, 0.0)
-        return cls(names, logits, probs, lam, mask)
-
-    @cached_property
-    def active(self) -> Tensor:
-        """``(J, E)`` float32: real tokens that give each expert a non-zero weight."""
-        # The sign of a weight is 1 or 0; on a CPU sums of floats are several times as fast as those of bool.
-        return self.probs_TJE.detach().sign().sum(0)
-
-    @cached_property
-    def num_tokens(self) -> Tensor:
-        """Real tokens."""
-        return self.num_rows if self.mask_T is None else self.mask_T.sum()
-
-    @cached_property
-    def num_rows(self) -> Tensor:
-        """Tokens with padding."""
-        return torch.tensor(self.logits_TJE.shape[0], device=self.logits_TJE.device)
-
-    @cached_property
-    def broken(self) -> Tensor:
-        """``(J,)`` bool: projections with a non-finite router logit or lambda on some token."""
-        zero_J = self.logits_TJE.detach().mul(0).sum((0, 2))  # or NaN
-        if self.lam_TJ is not None:
-            zero_J = zero_J + self.lam_TJ.detach().mul(0).sum(0)
-        return zero_J != 0
 
 
 @dataclass(frozen=True)
@@ -116,7 +51,7 @@ class Normalizer:
 
 
 def auxiliary_losses(
-    batches: list[RoutingBatch],
+    batches: list[RoutingBatch | FusedRoutingBatch],
     normalizer: Normalizer,
     *,
     target_num_experts: int,
@@ -154,28 +89,29 @@ def auxiliary_losses(
     factor, per_rank_factor = normalizer.factor, normalizer.factor / normalizer.world_size
     sums = {name: torch.zeros((), device=device) for name in NAMES}
     for i, batch in enumerate(batches):
-        routed_mask = batch.mask_T if mask_padding else None
         routed = normalizer.num_routed_tokens
-        routed = (num_routed_all[i] if routed is None else routed) + 0.0
-        routed = torch.as_tensor(routed, device=device, dtype=torch.float32).clamp(min=1)
-        if batch.lam_TJ is not None:
-            sparsity = sparsity_sum(batch.logits_TJE, batch.lam_TJ, target_num_experts, routed_mask)
+        routed = num_routed_all[i] if routed is None else routed
+        if not isinstance(routed, Tensor):
+            routed = torch.full((), routed, device=device)  # as_tensor() would wait for a GPU
+        routed = routed.to(device, torch.float32).clamp(min=1)
+        sparsity = batch.sparsity_sums(target_num_experts, mask_padding)
+        if sparsity is not None:
             sums["sparsity"] = sums["sparsity"] + factor * (sparsity / routed).sum()
         if adaptive_l1 is not None:
             active_JE = active_all[i].view_as(active[i]).float()
-            l1 = balanced_l1_sum(batch.probs_TJE, active_JE, num_tokens_all[i].float(), target_num_experts)
+            l1 = balanced_l1_sum(batch.prob_sums, active_JE, num_tokens_all[i].float(), target_num_experts)
             sums["sparsity"] = sums["sparsity"] + factor * (l1 / routed).sum()
-        sums["router_z"] = sums["router_z"] + factor * (router_z_sum(batch.logits_TJE, routed_mask) / routed).sum()
+        sums["router_z"] = sums["router_z"] + factor * (batch.router_z_sums(mask_padding) / routed).sum()
 
         counts, tokens, scale = active_all[i].view_as(active[i]).float(), num_tokens_all[i].float(), factor
         if not normalizer.global_statistics:
             counts, tokens, scale = active[i].float(), num_tokens[i].float(), per_rank_factor
         share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
-        mean_probs = batch.probs_TJE.sum(0) / tokens.clamp(min=1)
-        balance = batch.logits_TJE.shape[-1] * (share * mean_probs).sum()
+        mean_probs = batch.prob_sums / tokens.clamp(min=1)
+        balance = batch.num_experts * (share * mean_probs).sum()
         sums["load_balancing"] = sums["load_balancing"] + scale / normalizer.accumulation_steps * balance
     if adaptive_l1 is not None and normalizer.reduce:
-        slots = [len(b.names) * min(target_num_experts, b.logits_TJE.shape[-1]) for b in batches]
+        slots = [len(b.names) * min(target_num_experts, b.num_experts) for b in batches]
         allowed = sum(n * tokens for n, tokens in zip(slots, num_tokens_all, strict=True))
         adaptive_l1.observe(sum(a.sum() for a in active_all), allowed, normalizer.accumulation_steps)
     num_projections = sum(len(b.names) for b in batches)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldmole_ds.distributed import ExpertParallel
 from ldmole_ds.layers import RoutingRecord
-from ldmole_ds.model.aux_losses import RoutingBatch
+from ldmole_ds.model.routing_batch import FusedRoutingBatch, RoutingBatch
 
 
 class RoutingStatistics:
@@ -45,17 +45,12 @@ class RoutingStatistics:
         return between
 
     @torch.no_grad()
-    def add(self, batches: list[RoutingBatch], records: list[RoutingRecord]) -> None:
+    def add(self, batches: list[RoutingBatch | FusedRoutingBatch], records: list[RoutingRecord]) -> None:
         """Add one forward pass."""
         for batch in batches:
             active_JE = batch.active.double()
             tokens_J = batch.num_tokens.double().expand(len(batch.names))
-            lam_J = lam_square_J = torch.zeros_like(tokens_J)
-            if batch.lam_TJ is not None:
-                lam = batch.lam_TJ.double()
-                lam = lam if batch.mask_T is None else torch.where(batch.mask_T.unsqueeze(1), lam, 0.0)
-                lam_J, lam_square_J = lam.sum(0), lam.square().sum(0)
-            rows = torch.cat([active_JE, torch.stack([tokens_J, lam_J, lam_square_J], 1)], 1)
+            rows = torch.cat([active_JE, torch.stack([tokens_J, *batch.lambda_moments()], 1)], 1)
             key = tuple(batch.names)
             self._sums[key] = rows if key not in self._sums else self._sums[key] + rows
         for record in records:

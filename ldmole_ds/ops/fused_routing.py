@@ -67,7 +67,7 @@ class Routing:
     Attributes:
         probs_GET: Routing weights in the spec's dtype, 0 for tokens that are not routed, NaN for broken ones.
         lam_T: lambda, float32, without gradient (`sums` has it).
-        sums: ``(B, G, 2 E + 5)`` float32; added up over B (`RoutingSums`) they are sums over tokens.
+        sums: ``(B, G, 2 E + 3)`` float32; added up over B (`RoutingSums`) they are sums over tokens.
         destinations: ``(P + 1, T)`` uint8 or bool: where a token visits a rank; the last row, where its routing is not
             finite. None without a plan.
     """
@@ -88,7 +88,6 @@ class RoutingSums:
         sparsity_J: ``relu(lower_k - lambda)`` of the routed tokens.
         router_z_J: ``logsumexp(u)^2`` of the routed tokens.
         broken_J: Tokens with a non-finite logit or lambda, padding included; no gradient.
-        lam_J, lam_square_J: lambda of the real tokens; no gradient.
     """
 
     active_JE: Tensor
@@ -96,17 +95,15 @@ class RoutingSums:
     sparsity_J: Tensor
     router_z_J: Tensor
     broken_J: Tensor
-    lam_J: Tensor
-    lam_square_J: Tensor
 
     @classmethod
     def of(cls, sums: Tensor) -> RoutingSums:
-        """From ``(B, J, 2 E + 5)``."""
+        """From ``(B, J, 2 E + 3)``."""
         total = sums.sum(0, dtype=torch.float64)
-        num_experts = (sums.shape[-1] - 5) // 2
-        active, probs, rest = total.split([num_experts, num_experts, 5], dim=-1)
-        sparsity, router_z, broken, lam, lam_square = rest.unbind(-1)
-        return cls(active.detach(), probs, sparsity, router_z, broken.detach(), lam.detach(), lam_square.detach())
+        num_experts = (sums.shape[-1] - 3) // 2
+        active, probs, rest = total.split([num_experts, num_experts, 3], dim=-1)
+        sparsity, router_z, broken = rest.unbind(-1)
+        return cls(active.detach(), probs, sparsity, router_z, broken.detach())
 
 
 @functools.cache
@@ -140,7 +137,7 @@ def uses_fused_routing(logits: Tensor) -> bool:
     if not _triton_is_here():
         raise ValueError(f"{SWITCH}=on, but Triton cannot be imported: install triton, or unset it")
     if not logits.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"{SWITCH}=on, but the tensors are on the CPU: unset it, or set TRITON_INTERPRET=1 (very slow)")
+        raise ValueError(f"{SWITCH}=on, but the tensors are on the CPU: unset it, or set TRITON_INTERPRET=1 (slow)")
     return True
 
 
@@ -162,7 +159,7 @@ class _FusedRouting(torch.autograd.Function):
         mask = None if mask_T is None else mask_T.contiguous().view(torch.uint8)
         probs = torch.empty(g, e, t, dtype=spec.dtype, device=device)
         lam = torch.empty(t, dtype=torch.float32, device=device)
-        sums = torch.empty(programs, g, 2 * e + 5, dtype=torch.float32, device=device)
+        sums = torch.empty(programs, g, 2 * e + 3, dtype=torch.float32, device=device)
         plan = torch.empty(spec.ep_size + 1, t, dtype=torch.uint8, device=device) if spec.ep_size else None
         ctx.constants = {
             "LAMBDA_TOP": LAMBDA_TOP,
@@ -256,8 +253,6 @@ def routing_reference(logits_GET: Tensor, lambda_logit_T: Tensor, mask_T: Tensor
         sparsity_sum(by_token, lam, spec.target_num_experts, routed),
         router_z_sum(by_token, routed),
         broken_GT.sum(1),
-        torch.where(real, lam.detach(), 0.0).sum().expand(g),
-        torch.where(real, lam.detach(), 0.0).square().sum().expand(g),
     )
     sums = torch.cat([(counted > 0).sum(2), counted.sum(2), torch.stack(scalars, 1)], dim=1)
     plan = destinations_of(probs.permute(2, 0, 1), spec.ep_size, spec.own_rank) if spec.ep_size else None

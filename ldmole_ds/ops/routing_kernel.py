@@ -7,9 +7,9 @@ The support is found without a sort, by Michelot's iteration (1986): begin with 
 
     tau = (sum of z over the support - (1 - lambda)) / k        z = u - max u, k experts in the support
 
-until none is left to drop. tau only grows, so no expert is dropped that Sparsegen keeps; a few rounds do on most inputs,
-E at worst. The best expert (z = 0) always stays, whatever rounding does. The backward finds the support again from the
-logits, which costs less than keeping it.
+until none is left to drop. tau only grows, so no expert is dropped that Sparsegen keeps; a few rounds do on most
+inputs, E at worst. The best expert (z = 0) always stays, whatever rounding does. The backward finds the support again
+from the logits, which costs less than keeping it.
 
 Sums over tokens are written by program and added up outside: in a fixed order, unlike atomic additions.
 """
@@ -79,7 +79,7 @@ def routing_forward_kernel(
     mask,  # (T,) uint8; not read without HAS_MASK
     probs,  # (G, E, T) out
     lambdas,  # (T,) float32 out
-    sums,  # (programs, G, 2 E + 5) float32 out
+    sums,  # (programs, G, 2 E + 3) float32 out
     destinations,  # (ep_size + 1, T) uint8 out; not written without PLAN
     num_tokens,
     num_experts,
@@ -107,8 +107,6 @@ def routing_forward_kernel(
     logit = tl.load(lambda_logits + tokens, mask=in_tokens, other=0.0).to(tl.float32)
     lam, slack, lambda_is_good = _lambda(logit, LAMBDA_TOP)
     tl.store(lambdas + tokens, lam, mask=in_tokens)
-    counted_lam = tl.where(real, lam, 0.0)
-    lam_sum, lam_square_sum = tl.sum(counted_lam, axis=0), tl.sum(counted_lam * counted_lam, axis=0)
 
     used = tl.zeros((E_PAD, BLOCK_T), dtype=tl.int32)
     broken = tl.zeros((BLOCK_T,), dtype=tl.int32)
@@ -125,7 +123,7 @@ def routing_forward_kernel(
             used = tl.where(weight != 0, 1, used)
             broken = tl.where(is_broken, 1, broken)
 
-        row = sums + (program * num_members + member) * (2 * num_experts + 5)
+        row = sums + (program * num_members + member) * (2 * num_experts + 3)
         counted = tl.where(real[None, :], p, 0.0)
         tl.store(row + experts, tl.sum(tl.where(counted > 0, 1.0, 0.0), axis=1), mask=in_experts)
         tl.store(row + num_experts + experts, tl.sum(counted, axis=1), mask=in_experts)
@@ -138,8 +136,6 @@ def routing_forward_kernel(
         log_sum = largest + tl.log(tl.sum(tl.exp(z), axis=0))
         tl.store(scalars + 1, tl.sum(tl.where(counts, log_sum * log_sum, 0.0), axis=0))
         tl.store(scalars + 2, tl.sum(tl.where(is_broken, 1.0, 0.0), axis=0))
-        tl.store(scalars + 3, lam_sum)
-        tl.store(scalars + 4, lam_square_sum)
 
     if PLAN:
         for rank in range(ep_size):
@@ -156,7 +152,7 @@ def routing_backward_kernel(
     lambda_logits,  # (T,)
     mask,  # (T,) uint8
     grad_probs,  # (G, E, T) by strides; not read without HAS_GRAD_PROBS
-    grad_sums,  # (programs, G, 2 E + 5) by strides; not read without HAS_GRAD_SUMS
+    grad_sums,  # (programs, G, 2 E + 3) by strides; not read without HAS_GRAD_SUMS
     grad_logits,  # (G, E, T) out
     grad_lambda_logits,  # (T,) out
     num_tokens,

@@ -32,24 +32,23 @@ def collected():
 
 
 def records_of(model, prompt):
-    """The routing of one prompt alone, without padding, taken at each input group."""
+    """The routing of one prompt alone, without padding, as it reaches the experts."""
     found = {}
+    dispatchers = {group.dispatcher for group in model.input_groups}
 
-    def keep(group):
-        original = group._route
-
-        def watched(x_TD, mask_T, context):
-            found[group.name] = original(x_TD, mask_T, context)
-            return found[group.name]
+    def keep(run):
+        def watched(x_TD, probs_TGE, experts, layer):
+            found[layer] = probs_TGE
+            return run(x_TD, probs_TGE, experts, layer)
 
         return watched
 
-    for group in model.input_groups:
-        group._route = keep(group)
+    for dispatcher in dispatchers:
+        dispatcher.run = keep(dispatcher.run)
     with torch.no_grad():
         model(input_ids=torch.tensor([prompt.ids]))
-    for group in model.input_groups:
-        del group._route
+    for dispatcher in dispatchers:
+        del dispatcher.run
     return torch.cat([(found[group.name] > 0) for group in model.input_groups], 1)
 
 

@@ -21,13 +21,13 @@ def test_l1_by_its_definition():
     expected = [
         sum(4 / (k * 7) * active[j, e] * probs[t, j, e] for t in range(7) for e in range(4)).item() for j in range(3)
     ]
-    assert balanced_l1_sum(probs, active, torch.tensor(7.0), k).tolist() == pytest.approx(expected, rel=1e-5)
+    assert balanced_l1_sum(probs.sum(0), active, torch.tensor(7.0), k).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_l1_is_the_plain_norm_where_k_experts_are_used_evenly():
     probs = torch.tensor([[[0.3, 0.2, 0.0, 0.0]], [[0.0, 0.0, 0.7, 0.1]]])
     active = (probs > 0).sum(0).float()
-    assert balanced_l1_sum(probs, active, torch.tensor(2.0), 2).item() == pytest.approx(probs.sum().item())
+    assert balanced_l1_sum(probs.sum(0), active, torch.tensor(2.0), 2).item() == pytest.approx(probs.sum().item())
 
 
 def test_weight_rises_and_falls_with_the_experts_in_use():
