@@ -18,6 +18,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, and DeepSpeed imports Triton
 torch.set_num_threads(1)
 
 # Examples are drawn from a fixed seed and may be slow, so that a run says the same on every machine.

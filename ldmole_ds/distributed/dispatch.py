@@ -50,6 +50,11 @@ class ExpertWeights:
     h: Sequence[Tensor] | None = None
 
 
+def read_on_host(numbers: Tensor) -> list:
+    """The one device-to-host synchronisation of a dispatch: the sizes of what is sent and received."""
+    return numbers.tolist()
+
+
 def raise_non_finite(layer: str, ranks: list[int] | None = None) -> None:
     """One clear error for NaN or infinite router logits or lambda."""
     where = "" if ranks is None else f" on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
@@ -150,8 +155,7 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
             counts = destinations.sum(1)
             sent = torch.stack([counts[:-1], counts[-1].expand(p)], dim=1)
             received = exchange_counts(sent, channel)
-            # NOTE: the one device-to-host synchronisation of a dispatch.
-            (input_splits, _), (output_splits, flags) = torch.stack([sent, received]).transpose(1, 2).tolist()
+            (input_splits, _), (output_splits, flags) = read_on_host(torch.stack([sent, received]).transpose(1, 2))
             if any(flags):
                 first = self.topology.rank - own
                 raise_non_finite(channel.layer, [first + i for i, flag in enumerate(flags) if flag])

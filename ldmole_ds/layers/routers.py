@@ -36,7 +36,7 @@ def _learned(logits: Tensor, lam: Tensor | None) -> Tensor:
 
 
 def _fixed(fixed_lambda: float) -> Callable[[Tensor, Tensor | None], Tensor]:
-    return lambda logits, lam: sparsegen(logits, logits.new_tensor(fixed_lambda), dim=1)
+    return lambda logits, lam: sparsegen(logits, fixed_lambda, dim=1)
 
 
 def _softmax(logits: Tensor, lam: Tensor | None) -> Tensor:

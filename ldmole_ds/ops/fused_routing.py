@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 SWITCH = "LDMOLE_FUSED_ROUTING"
 # lambda = logsigmoid(.) + (1 - eps), eps = 1e-2, stays below this.
 LAMBDA_TOP = 1 - 1e-2
-# Expert x token numbers that a program holds in registers at a time.
-TILE = 1024
+# Logits that a program holds in registers at a time, but for very many experts, which are all in one program.
+TILE = 512
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def uses_fused_routing(logits: Tensor) -> bool:
 def _tiles(num_experts: int, num_tokens: int) -> tuple[int, int, int]:
     """``E_PAD, BLOCK_T`` and the number of programs; at least one, which then writes sums of nothing."""
     e_pad = max(2, 1 << (num_experts - 1).bit_length())
-    block = max(16, TILE // e_pad // 2)
+    block = max(16, TILE // e_pad)
     return e_pad, block, max(1, -(-num_tokens // block))
 
 
@@ -168,6 +168,7 @@ class _FusedRouting(torch.autograd.Function):
             "SPARSITY": spec.target_num_experts < e,
             "E_PAD": e_pad,
             "BLOCK_T": block,
+            "num_warps": 4 if e_pad * block <= 4 * TILE else 8,
         }
         with torch.cuda.device_of(logits_GET):
             routing_forward_kernel[(programs,)](

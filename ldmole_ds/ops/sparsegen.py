@@ -93,9 +93,10 @@ def sparsegen(logits: Tensor, lam: Tensor | float, dim: int = -1) -> Tensor:
         Weights on the simplex, ``(..., E)`` in the dtype of ``logits``; many are exactly 0, never all of them.
         A non-finite input, or lambda >= 1, gives a row of NaN; the layers check for that where they synchronise.
     """
-    keep_dtype = isinstance(lam, Tensor) and lam.is_floating_point()
-    dtype = None if keep_dtype else torch.promote_types(logits.dtype, torch.float32)
-    lam = torch.as_tensor(lam, dtype=dtype, device=logits.device)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if not isinstance(lam, Tensor):
+        lam = torch.full((), lam, dtype=dtype, device=logits.device)  # as_tensor() would wait for a GPU
+    lam = lam.to(logits.device, lam.dtype if lam.is_floating_point() else dtype)
     dim = dim % logits.dim()
     return _Sparsegen.apply(logits, lam.expand(logits.shape[:dim] + logits.shape[dim + 1 :]), dim)
 

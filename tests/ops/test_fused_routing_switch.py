@@ -1,0 +1,87 @@
+"""Who uses the routing kernel, and that it compiles for GPUs that are not here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldmole_ds.ops import fused_routing as module
+from ldmole_ds.ops.fused_routing import uses_fused_routing
+
+pytest.importorskip("triton", reason="the routing kernel needs triton: pip install triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_who_uses_the_kernel(monkeypatch):
+    logits = torch.zeros(1, 2, 3, device=DEVICE)
+    monkeypatch.delenv(module.SWITCH, raising=False)
+    assert uses_fused_routing(logits) == (DEVICE == "cuda")
+    assert not uses_fused_routing(torch.zeros(1, 2, 3))
+    monkeypatch.setenv(module.SWITCH, "off")
+    assert not uses_fused_routing(logits)
+    monkeypatch.setenv(module.SWITCH, "on")
+    assert uses_fused_routing(logits)
+    assert not uses_fused_routing(logits.double()), "the kernel is float32 inside"
+    monkeypatch.setenv(module.SWITCH, "yes")
+    with pytest.raises(ValueError, match="LDMOLE_FUSED_ROUTING='yes' is not known: use auto, on or off"):
+        uses_fused_routing(logits)
+
+
+def test_it_is_never_silently_replaced(monkeypatch):
+    monkeypatch.setenv(module.SWITCH, "on")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="the tensors are on the CPU: unset it"):
+        uses_fused_routing(torch.zeros(1, 2, 3))
+    monkeypatch.setattr(module, "_triton_is_here", lambda: False)
+    with pytest.raises(ValueError, match="Triton cannot be imported: install triton"):
+        uses_fused_routing(torch.zeros(1, 2, 3))
+
+
+def test_a_gpu_without_triton_is_told_once(monkeypatch, caplog):
+    monkeypatch.delenv(module.SWITCH, raising=False)
+    monkeypatch.setattr(module, "_triton_is_here", lambda: False)
+    module._warn_without_triton.cache_clear()
+
+    class OnGPU:
+        dtype, is_cuda = torch.float32, True
+
+    assert not uses_fused_routing(OnGPU()) and not uses_fused_routing(OnGPU())
+    assert sum("Triton cannot be imported" in record.getMessage() for record in caplog.records) == 1
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from ldmole_ds.ops import routing_kernel
+
+POINTERS = {"mask": "*u8", "destinations": "*u8", "probs": "*bf16", "grad_probs": "*bf16"}
+TENSORS = {"logits", "lambda_logits", "lambdas", "sums", "grad_sums", "grad_logits", "grad_lambda_logits"}
+FLAGS = {"LAMBDA_TOP": 0.99} | dict.fromkeys(
+    ["HAS_MASK", "MASK_PADDING", "SPARSITY", "PLAN", "HAS_GRAD_PROBS", "HAS_GRAD_SUMS"], True
+)
+for kernel in (routing_kernel.routing_forward_kernel, routing_kernel.routing_backward_kernel):
+    names = kernel.arg_names
+    constants = {n: v for n, v in (FLAGS | {"E_PAD": 8, "BLOCK_T": 64}).items() if n in names}
+    types = {n: POINTERS.get(n, "*fp32" if n in TENSORS else "i32") for n in names}
+    types |= dict.fromkeys(constants, "constexpr")
+    compiled = triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 90, 32))
+    assert compiled.asm["cubin"]
+    print(kernel.__name__)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE == "cuda", reason="every other test of the kernels compiles them")
+def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) == 2
