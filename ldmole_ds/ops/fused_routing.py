@@ -24,6 +24,7 @@ import importlib.util
 import logging
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,8 +61,7 @@ class RoutingSpec:
     own_rank: int = 0
 
 
-@dataclass(frozen=True)
-class Routing:
+class Routing(NamedTuple):
     """What comes out.
 
     Attributes:
