@@ -159,9 +159,9 @@ def exchange_counts(counts: Tensor, channel: Channel) -> Tensor:
     return out
 
 
-def largest_of(value: int, channel: Channel, device: torch.device) -> int:
-    """The largest of one number over the group."""
-    box = torch.tensor([value], device=device)
+def largest_of(value: Tensor, channel: Channel) -> int:
+    """The largest of one whole number ``()`` over the group. A host synchronisation."""
+    box = value.long().view(1)
     channel.stats.add("counts", channel.size - 1, (channel.size - 1) * box.element_size())
     with channel.guard("counts"):
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=channel.group)

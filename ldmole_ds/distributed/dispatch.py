@@ -143,8 +143,9 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
         """See the module docstring. Counts, dispatch and combine forward; the twins of the last two backward."""
         if not self.chunk_tokens:
             return self._run_whole(x_TD, probs_TGE, experts, layer)
+        num_tokens = torch.full((), x_TD.shape[0], device=x_TD.device)
         # Every rank runs as many chunks as the one with the most tokens; its own may be empty.
-        num_chunks = -(-largest_of(x_TD.shape[0], self.channel(layer), x_TD.device) // self.chunk_tokens)
+        num_chunks = -(-largest_of(num_tokens, self.channel(layer)) // self.chunk_tokens)
         y = []
         for i in range(num_chunks):
             chunk = slice(i * self.chunk_tokens, (i + 1) * self.chunk_tokens)

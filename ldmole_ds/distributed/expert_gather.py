@@ -50,10 +50,14 @@ def gather_flat(tensors: Sequence[Tensor], channel: Channel) -> Tensor:
     return gathered
 
 
-def is_current(kept: Tensor, tensors: Sequence[Tensor], own_rank: int) -> bool:
-    """Whether what was gathered still holds this rank's weights. The other ranks must be asked, too."""
+def is_outdated(kept: Tensor, tensors: Sequence[Tensor], own_rank: int) -> Tensor:
+    """Whether this rank's weights are no longer what was gathered, ``()`` bool. The other ranks must be asked, too."""
     parts = kept[own_rank].split([t.numel() for t in tensors])
-    return all(torch.equal(part, t.detach().reshape(-1)) for part, t in zip(parts, tensors, strict=True))
+    pairs = [(part, t.detach().reshape(-1)) for part, t in zip(parts, tensors, strict=True)]
+    if kept.device.type == "cpu":
+        return torch.tensor(not all(torch.equal(*pair) for pair in pairs))
+    # The same without waiting for the device, once for each tensor.
+    return torch.stack([(part != now).any() for part, now in pairs]).any()
 
 
 def gather_experts(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from ldmole_ds.distributed.all_to_all import Channel, CommStats, largest_of
 from ldmole_ds.distributed.dispatch import ExpertWeights, LocalTokenDispatcher, apply_experts
-from ldmole_ds.distributed.expert_gather import gather_experts, gather_flat, is_current
+from ldmole_ds.distributed.expert_gather import gather_experts, gather_flat, is_outdated
 from ldmole_ds.distributed.topology import ExpertParallel
 from ldmole_ds.distributed.zero import is_zero3_parameter
 from ldmole_ds.ops.low_rank_update import LowRankUpdate
@@ -45,9 +46,8 @@ class WeightGatherDispatcher(LocalTokenDispatcher):
         self._keep = accumulation_steps > 1 and not zero3
         if self._kept:
             own = self.topology.ep_rank
-            changed = not all(is_current(kept, experts[layer], own) for layer, kept in self._kept.items())
-            device = next(iter(self._kept.values())).device
-            if largest_of(int(changed), Channel(self.topology.ep_group, self.stats, "all layers"), device):
+            outdated = [is_outdated(kept, experts[layer], own) for layer, kept in self._kept.items()]
+            if largest_of(torch.stack(outdated).any(), Channel(self.topology.ep_group, self.stats, "all layers")):
                 self._kept.clear()
         if not self._keep:
             self._kept.clear()

@@ -50,6 +50,12 @@ class Normalizer:
     reduce: bool = False
 
 
+def raise_where_broken(broken_J: Tensor, layers: list[str]) -> None:
+    """The one device-to-host synchronisation of a model's forward pass where no token is dispatched."""
+    if broken_J.any():
+        raise_non_finite(layers[int(broken_J.nonzero()[0])])
+
+
 def auxiliary_losses(
     batches: list[RoutingBatch | FusedRoutingBatch],
     normalizer: Normalizer,
@@ -81,11 +87,7 @@ def auxiliary_losses(
     *active_all, num_tokens_all, num_routed_all, broken_all = total.split(
         [*sizes, len(batches), len(batches), broken.numel()]
     )
-    # NOTE: the one device-to-host synchronisation of a forward pass where no token is dispatched.
-    if broken_all.any():
-        names = [name for b in batches for name in b.names]
-        raise_non_finite(names[int(broken_all.nonzero()[0])][0])
-
+    raise_where_broken(broken_all, [name for b in batches for name, _ in b.names])
     factor, per_rank_factor = normalizer.factor, normalizer.factor / normalizer.world_size
     sums = {name: torch.zeros((), device=device) for name in NAMES}
     for i, batch in enumerate(batches):

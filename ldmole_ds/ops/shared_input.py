@@ -10,7 +10,9 @@ gradients of its size. Only x and the ReLU's result are kept. Results are featur
 are one contiguous block, and what is done per expert runs along the tokens.
 
 Router and lambda MLP are computed in float32 whatever the dtype of the experts; in half precision that makes two
-products, A's and theirs, and x is kept in its own dtype alone.
+products, A's and theirs, and x is kept in its own dtype alone. A product of two bfloat16 numbers is exact in float32:
+on a GPU theirs runs on the tensor cores, which add up in float32, so that the numbers stay the same and no float32 copy
+of x is needed. Its float32 gradients go there as a sum of two bfloat16 numbers each, which keeps 16 of their bits.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class _SharedInput(torch.autograd.Function):
         results: list[Tensor] = []
         for weights, wide in _products(x_TD.dtype, lora_A, routing):
             sizes = [rows for w in weights for rows in _piece_sizes(w, w is lora_A)]
-            results += (_stacked(weights, wide) @ _cast(x_TD, wide).t()).split(sizes)
+            results += _rows_times_x(weights, x_TD, wide).split(sizes)
         ctx.bias_dtype = None if bias_H is None else bias_H.dtype
         if bias_H is not None:
             results[-1].add_(_cast(bias_H, True).unsqueeze(1)).relu_()
@@ -53,13 +55,54 @@ class _SharedInput(torch.autograd.Function):
             pieces = sum(len(_piece_sizes(w, w is lora_A)) for w in weights)
             grad_NT, grads = torch.cat(grads[:pieces]), grads[pieces:]
             if need_x:
-                product = (grad_NT.t() @ _stacked(weights, wide)).to(x_TD.dtype)
+                product = _gradient_of_x(grad_NT, weights, x_TD, wide)
                 grad_x = product if grad_x is None else grad_x.add_(product)
             if any(need_weights):
-                product = (grad_NT @ _cast(x_TD, wide)).to(x_TD.dtype)
+                product = _gradient_of_weights(grad_NT, weights, x_TD, wide)
                 rows = product.split([w.numel() // w.shape[-1] for w in weights])
                 grad_weights += [row.view(w.shape) for row, w in zip(rows, weights, strict=True)]
         return grad_x, grad_bias, *(grad_weights if any(need_weights) else [None] * len(need_weights))
+
+
+def _rows_times_x(weights: Sequence[Tensor], x_TD: Tensor, wide: bool) -> Tensor:
+    """``(N, T)``."""
+    if wide and _on_tensor_cores(x_TD, weights):
+        return _exact_product(_stacked(weights, False), x_TD.t())
+    return _stacked(weights, wide) @ _cast(x_TD, wide).t()
+
+
+def _gradient_of_x(grad_NT: Tensor, weights: Sequence[Tensor], x_TD: Tensor, wide: bool) -> Tensor:
+    """``(T, D)`` in the dtype of x."""
+    if wide and _on_tensor_cores(x_TD, weights):
+        twice = _stacked(weights, False).repeat(2, 1)
+        return _exact_product(_in_two(grad_NT, x_TD.dtype).t(), twice).to(x_TD.dtype)
+    return (grad_NT.t() @ _stacked(weights, wide)).to(x_TD.dtype)
+
+
+def _gradient_of_weights(grad_NT: Tensor, weights: Sequence[Tensor], x_TD: Tensor, wide: bool) -> Tensor:
+    """``(N, D)`` in the dtype of x."""
+    if wide and _on_tensor_cores(x_TD, weights):
+        return _exact_product(_in_two(grad_NT, x_TD.dtype), x_TD).view(2, len(grad_NT), -1).sum(0).to(x_TD.dtype)
+    return (grad_NT @ _cast(x_TD, wide)).to(x_TD.dtype)
+
+
+def _on_tensor_cores(x_TD: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether products of x and these weights are exact in float32 and quick there; see the module docstring."""
+    is_bf16 = all(t.dtype == torch.bfloat16 for t in (x_TD, *weights))  # float16 has too small a range for gradients
+    return x_TD.is_cuda and is_bf16 and len(x_TD) > 0
+
+
+def _exact_product(a: Tensor, b: Tensor) -> Tensor:
+    """Of two bfloat16 matrices, in float32."""
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _in_two(grad_NT: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(2 N, T)``: the gradient rounded, and what rounding left out."""
+    rounded = grad_NT.to(dtype)
+    return torch.cat([rounded, (grad_NT - rounded).to(dtype)])
 
 
 def _products(dtype: torch.dtype, lora_A: Tensor | None, routing: Sequence[Tensor]) -> list[tuple[list[Tensor], bool]]:

@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 
+from ldmole_ds.ops import shared_input as module
 from ldmole_ds.ops.shared_input import shared_input, shared_input_reference
 
 G, E, R, H = 2, 3, 2, 5
@@ -79,3 +80,48 @@ def test_only_x_and_the_hidden_units_are_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         shared_input(*(lambda x, a, g, w, b: (x, a, g, (w, b)))(*inputs_of(50, dtype=torch.bfloat16)))
     assert sorted(tuple(t.shape) for t in kept if 50 in t.shape) == [(H, 50), (50, 3)]
+
+
+def bf16_case():
+    torch.manual_seed(0)
+    inputs = [t.detach().requires_grad_() for t in inputs_of(40, 16, torch.bfloat16)]
+    generator = torch.Generator().manual_seed(1)
+
+    def run(device="cpu", dtype=torch.bfloat16, function=shared_input):
+        moved = [t.detach().to(device, dtype).requires_grad_() for t in inputs]
+        results = call(function, (False, True, True), *moved)
+        generator.manual_seed(1)
+        cotangents = [torch.randn(r.shape, generator=generator).to(r) for r in results]
+        grads = torch.autograd.grad(results, moved, cotangents, allow_unused=True)
+        return [t.detach().cpu().double() for t in (*results, *grads) if t is not None]
+
+    return run
+
+
+def test_products_on_tensor_cores_give_the_same_numbers(monkeypatch):
+    """Their way, on a CPU: float32 products of bfloat16 numbers, and gradients as sums of two bfloat16 numbers."""
+    run = bf16_case()
+    exact, plain = run(dtype=torch.float64, function=shared_input_reference), run()
+    asked = []
+    monkeypatch.setattr(module, "_on_tensor_cores", lambda x, weights: asked.append(len(weights)) or True)
+    found = run()
+    assert asked == [2, 2, 2]
+    for ours, theirs, value in zip(found, plain, exact, strict=True):
+        assert (ours - value).norm() <= 1.05 * (theirs - value).norm() + 1e-6 * value.norm()
+
+
+def test_a_gradient_in_two_parts_keeps_sixteen_bits():
+    grad = torch.randn(50, 20) * torch.logspace(-20, 20, 20)
+    parts = module._in_two(grad, torch.bfloat16)
+    first, second = parts.float().split(50)
+    assert ((first + second - grad).abs() <= 2.0**-16 * grad.abs()).all()
+    assert not ((first - grad).abs() <= 2.0**-12 * grad.abs()).all(), "one part alone must not do"
+
+
+@pytest.mark.gpu
+def test_tensor_cores():
+    run = bf16_case()
+    exact = run(dtype=torch.float64, function=shared_input_reference)
+    for found, value in zip(run("cuda"), exact, strict=True):
+        is_rounded = value.shape != exact[0].shape and value.shape != exact[1].shape
+        assert (found - value).norm() <= (4e-3 if is_rounded else 1e-6) * value.norm()
