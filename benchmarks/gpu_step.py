@@ -103,8 +103,8 @@ def measure(args: argparse.Namespace) -> dict:
     """In a process of one variant: seconds of each step, memory, operations."""
     os.environ[SWITCH] = "off" if args.variant == PLAIN else "auto"
     (shape,), (tokens,) = args.shapes, args.tokens
-    ids = torch.randint(SHAPES[shape]().vocab_size, (tokens // args.sequence, args.sequence))
-    ids = ids.to(args.device)
+    rows = (tokens // args.sequence, args.sequence)
+    ids = torch.randint(SHAPES[shape]().vocab_size, rows, generator=torch.Generator().manual_seed(2)).to(args.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     model, flops, used = build(args, shape, inputs)
     params = [p for p in model.parameters() if p.requires_grad]

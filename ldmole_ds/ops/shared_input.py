@@ -55,8 +55,7 @@ class _SharedInput(torch.autograd.Function):
             pieces = sum(len(_piece_sizes(w, w is lora_A)) for w in weights)
             grad_NT, grads = torch.cat(grads[:pieces]), grads[pieces:]
             if need_x:
-                product = _gradient_of_x(grad_NT, weights, x_TD, wide)
-                grad_x = product if grad_x is None else grad_x.add_(product)
+                grad_x = _gradient_of_x(grad_NT, weights, x_TD, wide, grad_x)
             if any(need_weights):
                 product = _gradient_of_weights(grad_NT, weights, x_TD, wide)
                 rows = product.split([w.numel() // w.shape[-1] for w in weights])
@@ -71,12 +70,15 @@ def _rows_times_x(weights: Sequence[Tensor], x_TD: Tensor, wide: bool) -> Tensor
     return _stacked(weights, wide) @ _cast(x_TD, wide).t()
 
 
-def _gradient_of_x(grad_NT: Tensor, weights: Sequence[Tensor], x_TD: Tensor, wide: bool) -> Tensor:
-    """``(T, D)`` in the dtype of x."""
+def _gradient_of_x(
+    grad_NT: Tensor, weights: Sequence[Tensor], x_TD: Tensor, wide: bool, grad_x: Tensor | None
+) -> Tensor:
+    """``(T, D)`` in the dtype of x, added to ``grad_x``."""
     if wide and _on_tensor_cores(x_TD, weights):
-        twice = _stacked(weights, False).repeat(2, 1)
-        return _exact_product(_in_two(grad_NT, x_TD.dtype).t(), twice).to(x_TD.dtype)
-    return (grad_NT.t() @ _stacked(weights, wide)).to(x_TD.dtype)
+        factors = _in_two(grad_NT, x_TD.dtype).t(), _stacked(weights, False).repeat(2, 1)
+        return torch.mm(*factors) if grad_x is None else grad_x.addmm_(*factors)
+    product = (grad_NT.t() @ _stacked(weights, wide)).to(x_TD.dtype)
+    return product if grad_x is None else grad_x.add_(product)
 
 
 def _gradient_of_weights(grad_NT: Tensor, weights: Sequence[Tensor], x_TD: Tensor, wide: bool) -> Tensor:

@@ -61,7 +61,8 @@ def test_one_step_equals_the_plain_one(monkeypatch, case):
     for projection, expected in plain[3].items():
         assert fused[3][projection].pop("group") == expected.pop("group")
         for name, value in expected.items():
-            assert fused[3][projection][name] == pytest.approx(value, rel=1e-5), (projection, name)
+            # lambda is near -1.5 in float32, and its spread much smaller.
+            assert fused[3][projection][name] == pytest.approx(value, rel=1e-5, abs=1e-6), (projection, name)
 
 
 def test_a_broken_layer_is_named(monkeypatch):

@@ -82,14 +82,14 @@ def test_only_x_and_the_hidden_units_are_kept():
     assert sorted(tuple(t.shape) for t in kept if 50 in t.shape) == [(H, 50), (50, 3)]
 
 
-def bf16_case():
+def bf16_case(experts):
     torch.manual_seed(0)
     inputs = [t.detach().requires_grad_() for t in inputs_of(40, 16, torch.bfloat16)]
     generator = torch.Generator().manual_seed(1)
 
     def run(device="cpu", dtype=torch.bfloat16, function=shared_input):
         moved = [t.detach().to(device, dtype).requires_grad_() for t in inputs]
-        results = call(function, (False, True, True), *moved)
+        results = call(function, (experts, True, True), *moved)
         generator.manual_seed(1)
         cotangents = [torch.randn(r.shape, generator=generator).to(r) for r in results]
         grads = torch.autograd.grad(results, moved, cotangents, allow_unused=True)
@@ -98,9 +98,10 @@ def bf16_case():
     return run
 
 
-def test_products_on_tensor_cores_give_the_same_numbers(monkeypatch):
+@pytest.mark.parametrize("experts", [False, True])
+def test_products_on_tensor_cores_give_the_same_numbers(monkeypatch, experts):
     """Their way, on a CPU: float32 products of bfloat16 numbers, and gradients as sums of two bfloat16 numbers."""
-    run = bf16_case()
+    run = bf16_case(experts)
     exact, plain = run(dtype=torch.float64, function=shared_input_reference), run()
     asked = []
     monkeypatch.setattr(module, "_on_tensor_cores", lambda x, weights: asked.append(len(weights)) or True)
@@ -120,7 +121,7 @@ def test_a_gradient_in_two_parts_keeps_sixteen_bits():
 
 @pytest.mark.gpu
 def test_tensor_cores():
-    run = bf16_case()
+    run = bf16_case(False)
     exact = run(dtype=torch.float64, function=shared_input_reference)
     for found, value in zip(run("cuda"), exact, strict=True):
         is_rounded = value.shape != exact[0].shape and value.shape != exact[1].shape
