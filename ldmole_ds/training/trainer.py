@@ -80,7 +80,7 @@ class LDMoLETrainer(CheckpointMixin, BatchWarmupLoop):
         if not hasattr(model, "accepts_loss_kwargs"):
             self.model_accepts_loss_kwargs &= self._loss_shifts_labels
         self.log_window = LogWindow(model, 0, peak_tflops or device_peak_tflops(self.args.device))
-        self.tokens_timed, self.train_seconds = 0, 0.0
+        self.tokens_timed, self.train_seconds, self.operations = 0, 0.0, 0.0
         check_trainable(model, self.args, self._zero_stage)
         if self.compute_loss_func is not None:
             raise ValueError(
@@ -201,6 +201,7 @@ class LDMoLETrainer(CheckpointMixin, BatchWarmupLoop):
         metrics, seconds = window.metrics(self.state.global_step)
         self.train_seconds += seconds
         self.tokens_timed += window.tokens.real
+        self.operations += window.operations
         self.restart_window()
         return metrics
 
