@@ -212,6 +212,7 @@ def finish(
                 flush=True,
             )
         return
+    trainer.close_window()
     seconds = result.metrics.get("train_runtime", time.perf_counter() - begin)
     metrics = dict(result.metrics)
     evaluation: dict[str, float] = {}

@@ -209,6 +209,11 @@ class LDMoLETrainer(CheckpointMixin, BatchWarmupLoop):
         """Start the next logging window: what happens in between (evaluation) is in neither."""
         self.log_window.restart(self.state.global_step)
 
+    def close_window(self) -> None:
+        """Count what came after the last log. Collective."""
+        if self.log_window.tokens.real:
+            self._training_metrics()
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The Trainer's evaluation; its routing, traffic and time do not count into the training logs."""
         with self.log_window.paused() as self.eval_routing:
