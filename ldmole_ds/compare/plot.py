@@ -118,7 +118,7 @@ def _styles(methods: dict[str, Any]) -> dict[str, tuple[str, str, str]]:
 
 
 def _save(plt: Any, figure: Any, title: str, path: Path) -> None:
-    figure.suptitle(title, x=0.01, y=0.995, ha="left", fontsize=12.5, fontweight="semibold", color=_INK)
+    figure.suptitle(title, x=0.01, y=0.995, ha="left", fontsize=12.5, fontweight="bold", color=_INK)
     figure.tight_layout(rect=(0, 0, 1, 0.97))
     figure.savefig(path, dpi=140, bbox_inches="tight", facecolor="white")
     plt.close(figure)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ldmole_ds.compare.cell import Cell
 from ldmole_ds.compare.methods import Method
-from ldmole_ds.compare.plan import ROOT, Plan, chosen_rate, task_signal
+from ldmole_ds.compare.plan import Plan, chosen_rate, task_signal
 from ldmole_ds.tasks import Task
 
 LOG_TAIL_LINES = 15
@@ -142,7 +142,7 @@ class Runner:
         command = [part.replace("{port}", str(_free_port())) for part in cell.command]
         with open(cell.log, "a") as log:
             process = await asyncio.create_subprocess_exec(
-                *command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                *command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
             try:
                 code = await process.wait()

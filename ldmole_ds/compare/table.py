@@ -35,7 +35,7 @@ def method_row(figures: dict[str, Any]) -> list[str]:
         "-" if difference is None else f"{difference:+.3f} ± {figures['difference_error']:.3f}",
         f"{figures['experts_per_token']:.2f} of {figures['num_experts']}",
         "-" if lam[0] is None else f"{lam[0]:.2f}, {lam[1] or 0:.2f}",
-        f"{figures['flops_per_token'] / 1e6:.0f}",
+        f"{figures['flops_per_token'] / 1e6:.4g}",
         f"{figures['tokens_per_second']:.0f}",
         f"{figures['memory_bytes'] / 1e9:.2f} GB",
         f"{figures['trainable'] / 1e6:.2f} M",
