@@ -194,6 +194,9 @@ def run_plan(plan: Plan, parallel: int, threads: int) -> tuple[list[Cell], bool]
         try:
             await work
         except asyncio.CancelledError:
+            # The first process that has ended speaks for all: wait for the others too.
+            rest = asyncio.all_tasks() - {asyncio.current_task()}
+            await asyncio.gather(*rest, return_exceptions=True)
             return runner.failures, True
         return runner.failures, False
 
