@@ -35,7 +35,7 @@ USAGE = """%(prog)s [--task NAME,...] [--methods NAME,...] [--flag value ...] [f
   python launch/compare.py --task arc_easy,rte --model_name_or_path Qwen/Qwen3-1.7B --bf16 --max_steps 500 \\
       --launcher "deepspeed --num_gpus 2" --deepspeed ds_configs/zero2_bf16.json --output_dir runs/compare
       all methods on two benchmarks, each run on two GPUs
-  python launch/compare.py --sweep target_num_experts --learning_rates 1e-3 --output_dir runs/sweep
+  python launch/compare.py --sweep target_num_experts --sparsity_loss_weight 1 --output_dir runs/sweep
       one setting of LD-MoLE varied
 """
 # What a comparison sets itself, and what to give instead.
@@ -202,6 +202,9 @@ def resolve_methods(own: argparse.Namespace, common: LDMoLEConfig, flags: dict[s
         varied = [method for method in methods if method.name in map(str.strip, names.split(","))]
         if len(varied) != 1:
             raise ValueError(f"--sweep varies one method: --methods names {len(varied)}")
+        router = varied[0].settings.get("router", common.router)
+        if own.sweep == "target_num_experts" and router != "relu" and not common.sparsity_loss_weight:
+            raise ValueError("--sweep target_num_experts needs the sparsity loss: add --sparsity_loss_weight 1")
         return with_baseline(sweep_of(own.sweep, own.sweep_values, varied[0], common))
     if any(method.equal_parameters for method in methods):
         name = flags.get("model_name_or_path") or str(demo_model_file())

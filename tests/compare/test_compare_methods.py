@@ -1,6 +1,8 @@
 """The methods by name, what a sweep varies, and what of a command line is refused."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +54,15 @@ def test_the_presets_of_sweeps_are_valid(setting):
         assert dataclasses.replace(LDMoLEConfig(), **variant.settings)
 
 
+def test_the_document_names_all_methods_and_sweeps():
+    text = (Path(__file__).parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
+    methods, sweeps = text.split("## Methods")[1].split("## Sweeps")
+    named = [n for row in re.findall(r"^\| (`.*?) \|", methods, re.MULTILINE)[1:] for n in re.findall(r"`(.+?)`", row)]
+    assert sorted(named) == sorted(METHODS)
+    rows = re.findall(r"^\| `(\w+)`[^|]* \| ([\d., ]+) \|", sweeps, re.MULTILINE)
+    assert {name: tuple(map(float, values.split(", "))) for name, values in rows} == SWEEPS
+
+
 def test_flags_of_training_reach_every_run(tmp_path):
     argv = [*BASE, "--seeds", "3,1", "--learning_rates", "1e-3", "--r", "4", "--bf16", "--output_dir", str(tmp_path)]
     own, plan = parse_compare_flags(argv)
@@ -96,6 +107,7 @@ def test_rates_are_never_chosen_on_reported_rows():
         (["--train_file", "x.jsonl"], "give --task"),
         (["--token", "secret"], "HF_TOKEN"),
         (["--sweep", "rank"], "invalid choice"),
+        (["--sweep", "target_num_experts"], "add --sparsity_loss_weight 1"),
         (["--sweep_values", "1"], "--sweep_values is for --sweep"),
         (["--sweep", "r", "--sweep_values", "1.5"], "r takes whole numbers"),
         (["--sweep", "r", "--sweep_values", "2,2"], "different values of r"),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import compare as command
 from ldmole_ds.compare.arguments import parse_compare_flags
 from ldmole_ds.compare.report import unfinished, write_outputs
 from ldmole_ds.compare.run import Slots, run_plan
@@ -118,7 +119,8 @@ def test_without_signal_nothing_more_is_run(compare, monkeypatch):
 
 
 def test_a_sweep_has_a_curve(compare, tmp_path):
-    _, _, page = compare("--sweep", "target_num_experts", "--learning_rates", "0.01", "--sweep_values", "1,4")
+    sweep = ("--sweep", "target_num_experts", "--sweep_values", "1,4", "--sparsity_loss_weight", "1")
+    _, _, page = compare(*sweep, "--learning_rates", "0.01")
     assert "| target_num_experts 4 | 0.01 | 0.700" in page and page.startswith("# Sweep of target_num_experts")
     assert (tmp_path / "out" / "compare.clinc_domains.png").is_file()
 
@@ -147,6 +149,23 @@ def test_what_an_unfinished_run_with_other_settings_left_goes(compare, tmp_path,
     assert left.is_dir()  # the same settings: training goes on from it
     compare(*ONE_RATE, "--r", "4")
     assert not left.exists()
+
+
+def test_a_dry_run_runs_nothing(compare, tmp_path, monkeypatch, capsys):
+    compare("--methods", "ld-mole", "--learning_rates", "0.01")
+    compare.forget()
+    command.main([*BASE, *ONE_RATE, "--output_dir", str(tmp_path / "out"), "--dry_run"])
+    listed = capsys.readouterr().out
+    assert compare.log() == [] and listed.count("done   ") == 4 and listed.count("to do  ") == 2
+    assert "--router relu" in listed
+    left = []
+    monkeypatch.setattr(command, "leave", left.append)
+    monkeypatch.setenv("FAKE_FAIL", "relu")
+    command.main([*BASE, *ONE_RATE, "--output_dir", str(tmp_path / "out")])
+    said = capsys.readouterr()
+    assert left == [1] and "error: 2 runs failed:\n    clinc_domains remole lr 0.01 seed 1: " in said.err
+    command.main([*BASE, *ONE_RATE, "--output_dir", str(tmp_path / "out"), "--tables_only"])
+    assert left == [1] and len(compare.log()) == 2
 
 
 def test_the_lowest_turn_is_next():
