@@ -187,5 +187,6 @@ def as_argv(flags: dict[str, Any]) -> tuple[str, ...]:
     """``--name value ...``, lists as several words."""
     argv: list[str] = []
     for name, value in flags.items():
+        name = "lora_r" if name == "r" else name  # a launcher may take --r for a short form of a flag of its own
         argv += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
     return tuple(argv)

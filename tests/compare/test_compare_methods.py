@@ -70,7 +70,14 @@ def test_flags_of_training_reach_every_run(tmp_path):
     assert (plan.seeds, plan.learning_rates, plan.selects) == ((3, 1), (0.001,), False)
     assert [m.name for m in plan.methods] == ["lora", "ld-mole"]
     command = " ".join(plan.train(plan.tasks[0], plan.methods[0], 1e-3, 3, select=False).command)
-    for part in ("--r 4", "--bf16 True", "--router lora", "--seed 3", "--max_steps 100", "--validation_split test"):
+    for part in (
+        "--lora_r 4",
+        "--bf16 True",
+        "--router lora",
+        "--seed 3",
+        "--max_steps 100",
+        "--validation_split test",
+    ):
         assert part in command
 
 
