@@ -17,13 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldmole_ds.training.runtime import UserError, leave, run_main
 
-EXIT_STOPPED = 130
-
 
 def main(argv: list[str]) -> None:
     from ldmole_ds.compare.arguments import parse_compare_flags
     from ldmole_ds.compare.report import list_cells, write_outputs
     from ldmole_ds.compare.run import run_plan
+    from ldmole_ds.training.preemption import EXIT_PREEMPTED
 
     own, plan = parse_compare_flags(argv)
     try:
@@ -34,11 +33,11 @@ def main(argv: list[str]) -> None:
         print(list_cells(plan))
         return
     failures, stopped = ([], False) if own.tables_only else run_plan(plan, own.parallel, own.threads)
-    page = write_outputs(plan, own.parallel, own.threads)
+    page = write_outputs(plan, argv, own.parallel, own.threads)
     print(f"\n{page.read_text(encoding='utf-8')}\nwrote {page}", flush=True)
     if stopped:
         print("stopped; the same command goes on where it was", file=sys.stderr, flush=True)
-        leave(EXIT_STOPPED)
+        leave(EXIT_PREEMPTED)
     if failures:
         titles = "".join(f"\n    {cell.title}: {cell.log}" for cell in failures)
         print(f"error: {len(failures)} runs failed:{titles}", file=sys.stderr, flush=True)

@@ -82,7 +82,7 @@ class Plan:
             title=f"{task.name} {method.name} lr {rate:g} seed {seed}" + (" (choosing)" if select else ""),
             command=(*self.launcher, str(ROOT / "launch" / "train.py"), *as_argv({**flags, **run})),
             folder=folder,
-            settings={"launcher": " ".join(self.launcher), **flags} if self._is_launched else flags,
+            settings={"launcher": " ".join(self.launcher), **flags} if self.is_launched else flags,
             outputs={"report": "report.json", "answers": ANSWERS_NAME},
             record="cell.json",
         )
@@ -113,7 +113,8 @@ class Plan:
         )
 
     @property
-    def _is_launched(self) -> bool:
+    def is_launched(self) -> bool:
+        """Whether a launcher starts the ranks of a run."""
         return self.launcher != (sys.executable,)
 
     def selection(self, task: Task, method: Method) -> list[Cell]:

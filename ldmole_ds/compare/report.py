@@ -14,8 +14,14 @@ from ldmole_ds.compare.results import collect
 from ldmole_ds.compare.table import hardware_text, report_text
 
 
-def write_outputs(plan: Plan, parallel: int, threads: int) -> Path:
+def write_outputs(plan: Plan, argv: list[str], parallel: int, threads: int) -> Path:
     """Write all three from what is done so far.
+
+    Args:
+        plan: What was compared.
+        argv: The command line, without the program's name.
+        parallel: Runs at a time.
+        threads: Of each.
 
     Returns:
         The Markdown page.
@@ -39,8 +45,18 @@ def write_outputs(plan: Plan, parallel: int, threads: int) -> Path:
     write_atomically(plan.folder / "compare.json", {"setting": setting, **results})
     page = plan.folder / "compare.md"
     missing = unfinished(plan)
-    page.write_text(report_text(plan, results, hardware=hardware, missing=missing, plots=plots), encoding="utf-8")
+    facts = {"command": repeat_command(argv), "hardware": hardware, "missing": missing, "plots": plots}
+    page.write_text(report_text(plan, results, **facts), encoding="utf-8")
     return page
+
+
+def repeat_command(argv: list[str]) -> str:
+    """What to type for the same comparison, wherever its folder is."""
+    words = [word for word in argv if word != "--tables_only" and not word.startswith("--output_dir=")]
+    if "--output_dir" in words:
+        place = words.index("--output_dir")
+        del words[place : place + 2]
+    return shlex.join(["python", "launch/compare.py", *words])
 
 
 def unfinished(plan: Plan) -> int:

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from ldmole_ds.compare.cell import Cell
@@ -34,24 +35,24 @@ class Slots:
     """So many at a time; of those that wait, the lowest turn first: one method is done before the next begins."""
 
     def __init__(self, slots: int) -> None:
-        self._free, self._waiting, self._arrivals = slots, [], itertools.count()
+        self._free, self._waiting, self._arrivals = list(range(slots))[::-1], [], itertools.count()
 
     @asynccontextmanager
-    async def taken(self, turn: int) -> AsyncIterator[None]:
-        """Hold a slot."""
+    async def taken(self, turn: int) -> AsyncIterator[int]:
+        """Hold a slot; yields its number."""
         if self._free:
-            self._free -= 1
+            slot = self._free.pop()
         else:
             given = asyncio.get_running_loop().create_future()
             heapq.heappush(self._waiting, (turn, next(self._arrivals), given))
-            await given
+            slot = await given
         try:
-            yield
+            yield slot
         finally:
             if self._waiting:
-                heapq.heappop(self._waiting)[2].set_result(None)
+                heapq.heappop(self._waiting)[2].set_result(slot)
             else:
-                self._free += 1
+                self._free.append(slot)
 
 
 class Runner:
@@ -121,9 +122,9 @@ class Runner:
             self.bar.initial += 1  # costs no time: the estimate is by what runs now
             self.bar.update()
             return True
-        async with self._slots.taken(turn):
+        async with self._slots.taken(turn) as slot:
             try:
-                result = await self._run(cell)
+                result = await self._run(cell, slot)
             except CellError as failure:
                 self.failures.append(cell)
                 self.bar.write(str(failure))
@@ -135,10 +136,12 @@ class Runner:
         self.bar.update()
         return True
 
-    async def _run(self, cell: Cell) -> dict[str, Any]:
+    async def _run(self, cell: Cell, slot: int) -> dict[str, Any]:
         cell.prepare()
         begin = time.perf_counter()
         environment = {**os.environ, "OMP_NUM_THREADS": str(self._threads), "TOKENIZERS_PARALLELISM": "false"}
+        if not self.plan.is_launched:
+            environment |= _one_device(slot)
         command = [part.replace("{port}", str(_free_port())) for part in cell.command]
         with open(cell.log, "a") as log:
             process = await asyncio.create_subprocess_exec(
@@ -169,6 +172,16 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
         return
     except (TimeoutError, asyncio.TimeoutError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def _one_device(slot: int) -> dict[str, str]:
+    """A GPU for each slot, where there are several: a run without a launcher takes the first that it sees."""
+    count = torch.cuda.device_count()
+    if count < 2:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else list(map(str, range(count)))
+    return {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]}
 
 
 def _free_port() -> int:

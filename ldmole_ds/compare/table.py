@@ -52,12 +52,15 @@ def no_signal_table(tasks: dict[str, Any]) -> str:
     return markdown_table(rows)
 
 
-def report_text(plan: Plan, results: dict[str, Any], *, hardware: str, missing: int, plots: list[Path]) -> str:
+def report_text(
+    plan: Plan, results: dict[str, Any], *, command: str, hardware: str, missing: int, plots: list[Path]
+) -> str:
     """The whole page.
 
     Args:
         plan: What was compared.
         results: Of `collect`.
+        command: That repeats it.
         hardware: In words.
         missing: Cells that are not done.
         plots: By task with signal, files beside the page.
@@ -91,7 +94,7 @@ def report_text(plan: Plan, results: dict[str, Any], *, hardware: str, missing: 
     waiting = [n for n, e in results["tasks"].items() if e["signal"] is None]
     if waiting:
         parts.append(f"Plain LoRA has not run yet on {', '.join(waiting)}.")
-    parts += ["## Setting", setting_text(plan), _measured(), f"Hardware: {hardware}."]
+    parts += ["## Setting", f"`{command}`", setting_text(plan), _measured(), f"Hardware: {hardware}."]
     found = "; ".join(", ".join(f"{name} {version}" for name, version in row) for row in results["versions"])
     parts.append(f"Versions: {found}. Code: {', '.join(results['git_revisions'])}.")
     return "\n\n".join(parts) + "\n"
@@ -114,7 +117,7 @@ def _introduction(plan: Plan) -> str:
 def setting_text(plan: Plan) -> str:
     """Flags of launch/train.py, and what each method changes."""
     flags = {k: v for k, v in {**RUN_DEFAULTS, **plan.flags}.items() if k not in ("data_dir", "report_to")}
-    lines = [f"`{' '.join(as_argv(flags))}`", ""]
+    lines = [f"All runs of `launch/train.py`: `{' '.join(as_argv(flags))}`", ""]
     for method in plan.methods:
         own = " ".join(as_argv(method.settings))
         lines.append(f"- {method.label} (`{method.name}`): " + (f"`{own}`" if own else "no other flag"))
@@ -142,4 +145,4 @@ def hardware_text(parallel: int, threads: int) -> str:
         device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     else:
         device = f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    return f"{device}; {parallel} runs at a time, {threads} threads each"
+    return f"{device}; runs at a time: {parallel}, threads of each: {threads}"

@@ -29,7 +29,7 @@ def write(path: Path, values) -> None:
 
 
 with open(os.environ["FAKE_LOG"], "a") as log:
-    log.write(f"{script} {flags.get('output_dir') or flags['adapter']}\n")
+    log.write(f"{script} {flags.get('output_dir') or flags['adapter']} {os.environ.get('CUDA_VISIBLE_DEVICES', '-')}\n")
 time.sleep(float(os.environ.get("FAKE_SLEEP", "0")))
 if script == "evaluate.py":
     found = answers(right_of(json.loads((Path(flags["adapter"]) / "adapter.json").read_text())))

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch import compare as command
 from ldmole_ds.compare.arguments import parse_compare_flags
@@ -32,12 +33,17 @@ def compare(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
 
     def run(*flags):
-        own, plan = parse_compare_flags([*BASE, "--output_dir", str(tmp_path / "out"), *flags])
+        argv = [*BASE, "--output_dir", str(tmp_path / "out"), *flags]
+        own, plan = parse_compare_flags(argv)
         plan.check_finished()
         run.failures, run.stopped = run_plan(plan, own.parallel, 1)
-        return plan, run.failures, write_outputs(plan, own.parallel, 1).read_text()
+        return plan, run.failures, write_outputs(plan, argv, own.parallel, 1).read_text()
 
-    run.log = lambda: [line.replace(f"{tmp_path}/out/", "") for line in log.read_text().splitlines()]
+    def begun(devices=False):
+        lines = [line.replace(f"{tmp_path}/out/", "") for line in log.read_text().splitlines()]
+        return lines if devices else [line.rpartition(" ")[0] for line in lines]
+
+    run.log = begun
     run.forget = lambda: log.write_text("")
     return run
 
@@ -57,7 +63,9 @@ def test_the_table_says_what_the_runs_found(compare, tmp_path):
     # Ten of a hundred rows are gained in both seeds: the variance over rows, 0.0909, by 100.
     assert "| 0.700 ± 0.000 (0.700, 0.700) | +0.100 ± 0.030 | 2.50 of 8 | 0.50, 0.10 |" in ldmole
     assert remole.split("|")[1] == " ReMoLE "
-    assert "![clinc_domains](compare.clinc_domains.png)" in page and "--max_steps 5" in page
+    assert "![clinc_domains](compare.clinc_domains.png)" in page
+    command = "python launch/compare.py --model_name_or_path unused --seeds 1,2 --max_steps 5 --methods ld-mole,remole"
+    assert f"`{command} --learning_rates 0.01`" in page
     assert (tmp_path / "out" / "compare.clinc_domains.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "out" / "compare.json").read_text())
     figures = results["tasks"]["clinc_domains"]["methods"]["ld-mole"]
@@ -123,6 +131,17 @@ def test_a_sweep_has_a_curve(compare, tmp_path):
     _, _, page = compare(*sweep, "--learning_rates", "0.01")
     assert "| target_num_experts 4 | 0.01 | 0.700" in page and page.startswith("# Sweep of target_num_experts")
     assert (tmp_path / "out" / "compare.clinc_domains.png").is_file()
+
+
+def test_runs_beside_each_other_have_a_gpu_each(compare, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("FAKE_SLEEP", "0.3")
+    compare(*ONE_RATE, "--parallel", "2")
+    assert {line.rpartition(" ")[2] for line in compare.log(devices=True)} == {"0", "1"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,8")
+    compare.forget()
+    compare(*ONE_RATE, "--parallel", "2", "--seeds", "1,2,3")
+    assert {line.rpartition(" ")[2] for line in compare.log(devices=True)} == {"5", "7"}
 
 
 def test_stopped_and_gone_on_with(compare, monkeypatch):
