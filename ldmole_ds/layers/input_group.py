@@ -12,7 +12,7 @@ tensor.
 
 Where tokens travel, the first member also runs the frozen layers of all members while rows are on their way:
 
-    forward    tokens leave | W of the first members | remote experts, results leave | W of the others, own experts | add
+    tokens leave | W of the first members | remote experts, results leave | W of the others, own experts | add
 
 and backward in the opposite order (`ldmole_ds.distributed.expert_exchange`).
 
@@ -26,14 +26,13 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ldmole_ds.distributed import ExpertParallel, ExpertWeights, LocalTokenDispatcher
-from ldmole_ds.distributed.dispatch import low_rank_updates
 from ldmole_ds.distributed.deepspeed_groups import mark_expert_parameter
+from ldmole_ds.distributed.dispatch import low_rank_updates
 from ldmole_ds.distributed.expert_exchange import RemoteExperts
 from ldmole_ds.distributed.zero import is_zero3_parameter
 from ldmole_ds.layers.context import ContextHolder, ForwardContext, RoutingRecord, in_backward
@@ -42,9 +41,6 @@ from ldmole_ds.layers.routers import Router
 from ldmole_ds.ops.dropout import dropout
 from ldmole_ds.ops.low_rank_update import LowRankUpdate
 from ldmole_ds.ops.shared_input import shared_input
-
-if TYPE_CHECKING:
-    from ldmole_ds.layers.adapted_linear import AdaptedLinear
 
 
 def seeded_generator(seed: int, *names: object) -> torch.Generator:
@@ -156,7 +152,7 @@ class InputGroup(nn.Module):
     @property
     def overlaps(self) -> bool:
         """Whether the group runs its frozen layers itself, while tokens travel."""
-        return self.dispatcher.overlaps
+        return getattr(self.dispatcher, "overlaps", False)
 
     def output_of(self, member: int, x: Tensor) -> Tensor:
         """``W x`` and the update for one member, ``(..., D) -> (..., O_g)``; `overlaps` only."""
@@ -194,9 +190,7 @@ class InputGroup(nn.Module):
         """Forget a result that not all members have taken (they need not all be called)."""
         self._pending = None
 
-    def forward(
-        self, x: Tensor, low_rank: bool = False, with_frozen: bool = False
-    ) -> Sequence[Tensor | LowRankUpdate]:
+    def forward(self, x: Tensor, low_rank: bool = False, with_frozen: bool = False) -> Sequence[Tensor | LowRankUpdate]:
         """``(..., D) -> G updates (..., O_g)`` in the dtype of ``x``; with ``low_rank`` in factors where there are.
 
         ``with_frozen``: the frozen layers' outputs with their updates instead (`overlaps` only).
@@ -229,10 +223,16 @@ class InputGroup(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             remote.compute()
         outputs += [layer.base_layer(x) for layer in self.layers[first:]]
+        dtype = experts.lora_A.dtype
         with torch.autocast(x.device.type, enabled=False):
-            own = low_rank_updates(self.dispatcher.own(probs_TGE).to(experts.lora_A.dtype), experts)
-            members = zip(self.layers, own, outputs, strict=True)
-            return remote.add_to([layer.add(update, y) for layer, update, y in members])
+            own = low_rank_updates(self.dispatcher.own(probs_TGE).to(dtype), experts)
+            # Experts in float32 beside a half-precision base are summed before they are rounded.
+            totals = [
+                layer.add(update, y) if y.dtype == dtype else update.add_to(torch.zeros_like(y, dtype=dtype), True)
+                for layer, update, y in zip(self.layers, own, outputs, strict=True)
+            ]
+            totals = remote.add_to(totals)
+            return [t if y.dtype == dtype else y + t.to(y.dtype) for t, y in zip(totals, outputs, strict=True)]
 
     def _context(self) -> ForwardContext:
         context = self.holder.current
@@ -254,7 +254,7 @@ class InputGroup(nn.Module):
         """
         num_tokens, num_members = x_TD.shape[0], len(self.members)
         lora_A = first_layer = lam_T = live_units_H = None
-        if low_rank and self.dispatcher.experts_are_here:
+        if low_rank and getattr(self.dispatcher, "experts_are_here", False):
             lora_A = self.lora_A
         if self.router.uses_lambda:
             first_layer = self.lambda_mlp.first_layer
