@@ -30,13 +30,19 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def interleaved(variants: dict[str, Callable[[], object]], rounds: int, warmup: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each round; the first ``warmup`` rounds are not kept."""
+def interleaved(
+    variants: dict[str, Callable[[], object]], rounds: int, warmup: int, before: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each variant in each round; the first ``warmup`` rounds are not kept.
+
+    ``before`` runs before each timing; several ranks meet there. The order of variants is the same on all of them.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order, rng = list(variants), random.Random(0)
     for i in range(warmup + rounds):
         rng.shuffle(order)
         for name in order:
+            before()
             synchronize()
             start = time.perf_counter()
             variants[name]()

@@ -100,6 +100,9 @@ class Exchange:
         input_splits: Rows sent to each rank of the group; may hold zeros.
         channel: Group, statistics and layer.
         phase: Under which the exchange is counted, and named in errors.
+
+    Attributes:
+        out: What will be filled; to be read after `wait`.
     """
 
     def __init__(
@@ -109,17 +112,17 @@ class Exchange:
         channel.stats.add(phase, remote_rows, remote_rows * math.prod(x.shape[1:]) * x.element_size())
         self._channel, self._phase = channel, phase
         self._rows = x.contiguous()  # kept alive until the exchange is over
-        self._out = x.new_empty((sum(output_splits), *x.shape[1:]))
+        self.out = x.new_empty((sum(output_splits), *x.shape[1:]))
         with channel.guard(phase):
             self._work = dist.all_to_all_single(
-                self._out, self._rows, output_splits, input_splits, group=channel.group, async_op=True
+                self.out, self._rows, output_splits, input_splits, group=channel.group, async_op=True
             )
 
     def wait(self) -> Tensor:
         """The rows received, ordered by source rank."""
         with self._channel.guard(self._phase):
             self._work.wait()
-        return self._out
+        return self.out
 
 
 class _AllToAll(torch.autograd.Function):

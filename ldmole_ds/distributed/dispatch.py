@@ -15,14 +15,14 @@ e = E/P local experts, S rows sent, R rows received, O summed out_features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ldmole_ds.distributed.all_to_all import Channel, CommStats, all_to_all, exchange_counts, largest_of
-from ldmole_ds.distributed.expert_exchange import DispatchPlan, exchange_experts
+from ldmole_ds.distributed.expert_exchange import DispatchPlan, RemoteExperts
 from ldmole_ds.distributed.topology import ExpertParallel
 from ldmole_ds.ops.lora_experts import lora_experts, lora_experts_reference
 from ldmole_ds.ops.low_rank_update import LowRankUpdate
@@ -63,10 +63,15 @@ def apply_experts(x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights) -> Te
     w_TGE = probs_TGE.to(x_TD.dtype)
     if not experts.low_rank:
         return lora_experts(x_TD, w_TGE, experts.lora_A, experts.lora_B, experts.scaling)
-    h = experts.h
-    if h is None:
+    if experts.h is None:
         h, _, _ = shared_input(x_TD, experts.lora_A, None, None)
-    factors = zip(h, w_TGE.permute(1, 2, 0).unbind(0), experts.lora_B, strict=True)
+        experts = replace(experts, h=h)
+    return low_rank_updates(w_TGE, experts)
+
+
+def low_rank_updates(w_TGe: Tensor, experts: ExpertWeights) -> list[LowRankUpdate]:
+    """The factors for each projection, from ``experts.h`` and the weights of these experts."""
+    factors = zip(experts.h, w_TGe.permute(1, 2, 0).unbind(0), experts.lora_B, strict=True)
     return [LowRankUpdate(h_XT, p_eT, lora_B, experts.scaling) for h_XT, p_eT, lora_B in factors]
 
 
@@ -74,8 +79,10 @@ class LocalTokenDispatcher:
     """All experts are here (``ep_size == 1`` or a replicated layer): the base class and the reference."""
 
     ep_size = 1
-    # Whether the local experts are those of the local tokens, so that x A^T may be computed before routing is known.
+    # Whether local tokens meet the local experts as they are, so that x A^T may be computed before routing is known.
     experts_are_here = True
+    # Whether rows travel in the steps of `RemoteExperts`, so that the caller can work meanwhile.
+    overlaps = False
 
     def __init__(self, stats: CommStats | None = None) -> None:
         self.stats = stats or CommStats()
@@ -89,6 +96,7 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
     """``--expert_dispatch tokens``: tokens travel to the experts, results travel back.
 
     Tokens of this rank meet this rank's experts while the others are on their way; they are not part of the exchange.
+    A caller with more to do meanwhile goes step by step itself, from `begin`.
 
     Args:
         topology: Who holds which experts.
@@ -98,28 +106,46 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
             instead of being kept. 0: all at once.
     """
 
-    experts_are_here = False
-
     def __init__(self, topology: ExpertParallel, stats: CommStats | None = None, chunk_tokens: int = 0) -> None:
         super().__init__(stats)
         self.topology, self.chunk_tokens = topology, chunk_tokens
         self.ep_size = topology.ep_size
+        self.overlaps = self.experts_are_here = not chunk_tokens
+
+    def begin(self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, layer: str) -> RemoteExperts:
+        """Tokens leave for the other ranks. Counts and dispatch; the rest is `RemoteExperts`'."""
+        channel = self.channel(layer)
+        plan = self.plan(probs_TGE, channel)
+        return RemoteExperts(x_TD, probs_TGE, plan, channel, experts.scaling, experts.lora_A, experts.lora_B)
+
+    def own(self, probs_TGE: Tensor) -> Tensor:
+        """Of the routing weights those of this rank's experts, ``(T, G, e)``."""
+        e = probs_TGE.shape[-1] // self.ep_size
+        return probs_TGE[..., self.topology.ep_rank * e : (self.topology.ep_rank + 1) * e]
 
     def run(self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, layer: str) -> Tensor:
         """See the module docstring. Counts, dispatch and combine forward; the twins of the last two backward."""
-        channel, w_TGE = self.channel(layer), probs_TGE.to(x_TD.dtype)
-        weights = (experts.scaling, experts.lora_A, *experts.lora_B)
+        channel = self.channel(layer)
         if not self.chunk_tokens:
-            return exchange_experts(x_TD, w_TGE, self.plan(probs_TGE, channel), channel, *weights)
+            return self._run(x_TD, probs_TGE, experts, self.plan(probs_TGE, channel), channel)
         # Every rank runs as many chunks as the one with the most tokens; its own may be empty.
         num_chunks = -(-largest_of(x_TD.shape[0], channel, x_TD.device) // self.chunk_tokens)
         y = []
-        for i in range(num_chunks):
+        for i in range(max(num_chunks, 1)):
             chunk = slice(i * self.chunk_tokens, (i + 1) * self.chunk_tokens)
             plan = self.plan(probs_TGE[chunk], channel)
-            inputs = (x_TD[chunk], w_TGE[chunk], plan, channel, *weights)
-            y.append(checkpoint(exchange_experts, *inputs, use_reentrant=False, preserve_rng_state=False))
-        return torch.cat(y) if y else exchange_experts(x_TD, w_TGE, self.plan(probs_TGE, channel), channel, *weights)
+            inputs = (x_TD[chunk], probs_TGE[chunk], experts, plan, channel)
+            y.append(checkpoint(self._run, *inputs, use_reentrant=False, preserve_rng_state=False))
+        return torch.cat(y)
+
+    def _run(
+        self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, plan: DispatchPlan, channel: Channel
+    ) -> Tensor:
+        weights = (experts.lora_A, experts.lora_B)
+        remote = RemoteExperts(x_TD, probs_TGE, plan, channel, experts.scaling, *weights)
+        y_TO = lora_experts(x_TD, self.own(probs_TGE).to(x_TD.dtype), *weights, experts.scaling)
+        remote.compute()
+        return remote.add_to([y_TO])[0]
 
     def channel(self, layer: str) -> Channel:
         """The way of this layer's collectives."""

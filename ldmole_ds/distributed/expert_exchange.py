@@ -1,22 +1,27 @@
-"""Dispatch, expert products and combine as one autograd function, so that waiting overlaps with work.
+"""Dispatch, remote experts and combine in three steps, so that other work runs while rows travel.
 
-    forward    send remote tokens | own tokens through own experts | remote tokens through own experts, results home
-    backward   send remote gradients | own tokens' gradients | remote tokens' gradients, home
+    forward    dispatch leaves | work | experts of others' tokens, combine leaves | work | results are added
+    backward   gradients of results leave | work | experts' gradients, gradients of tokens leave | work | added
 
-Each bar is a point where the exchange has been started and is waited for only after the work beside it. The backward
-of dispatch is combine and the other way round: gradients of results travel the way the tokens went, gradients of
-tokens and routing weights the way the results came. Shape legend: `ldmole_ds.distributed.dispatch`.
+The work is what the caller runs between the steps: its frozen projections and its own tokens' experts. Each step is a
+node of the autograd graph. Nodes run backwards in the order in which they were made, last made first, so the work that
+was done between two steps lies between them in backward as well, whatever modules it is made of.
+
+Between steps a node's result is a buffer that is still being filled: only the next step reads it, and it waits first.
+The backward of dispatch is combine and the other way round: gradients of results travel the way the tokens went,
+gradients of tokens and routing weights the way the results came. Shape legend: `ldmole_ds.distributed.dispatch`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ldmole_ds.distributed.all_to_all import Channel, Exchange
-from ldmole_ds.ops.lora_experts import experts_backward, experts_forward
+from ldmole_ds.ops.lora_experts import experts_forward, experts_input_gradients, experts_weight_gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,79 +43,157 @@ class DispatchPlan:
     output_splits: list[int]
 
 
-class _ExchangeExperts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TD, w_TGE, plan, channel, scaling, lora_A, *lora_B):
-        num_ranks = channel.size
-        (t, d), (_, g, num_experts) = x_TD.shape, w_TGE.shape
-        w_TPGe = w_TGE.view(t, g, num_ranks, num_experts // num_ranks).transpose(1, 2)
-        w_own = w_TPGe[:, plan.own_rank]
-        w_S = w_TPGe[plan.token_index_S, plan.destination_S].flatten(1)
-        rows_SX = torch.cat([x_TD.index_select(0, plan.token_index_S), w_S], dim=1)
-        dispatch = Exchange(rows_SX, plan.output_splits, plan.input_splits, channel, "dispatch")
-        y_TO, h_own = experts_forward(x_TD, w_own, lora_A, lora_B, scaling)
-        x_RD, w_R = dispatch.wait().split([d, w_S.shape[1]], dim=1)
-        w_RGe = w_R.reshape(-1, g, num_experts // num_ranks)
-        y_RO, h_remote = experts_forward(x_RD, w_RGe, lora_A, lora_B, scaling)
-        combine = Exchange(y_RO, plan.input_splits, plan.output_splits, channel, "combine")
-        y_TO.index_add_(0, plan.token_index_S, combine.wait())
-        ctx.save_for_backward(x_TD, w_own, h_own, x_RD, w_RGe, h_remote, lora_A, *lora_B)
-        ctx.plan, ctx.channel, ctx.scaling, ctx.num_ranks = plan, channel, scaling, num_ranks
-        return y_TO
+class _Flight:
+    """The one exchange of an input group that is under way, in forward or in backward."""
+
+    def __init__(self, plan: DispatchPlan, channel: Channel) -> None:
+        self.plan, self.channel = plan, channel
+        self._exchange: Exchange | None = None
+
+    def send(self, rows: Tensor, phase: str) -> Tensor:
+        """Rows leave: to the experts for dispatch and gradients of results, else home. Returns what will be filled."""
+        splits = (self.plan.output_splits, self.plan.input_splits)
+        outwards = phase in ("dispatch", "combine_backward")
+        self._exchange = Exchange(rows, *(splits if outwards else splits[::-1]), self.channel, phase)
+        return self._exchange.out
+
+    def receive(self) -> Tensor:
+        """Wait for what was sent last."""
+        exchange, self._exchange = self._exchange, None
+        return exchange.wait()
+
+
+class _Dispatch(torch.autograd.Function):
+    """``x (T, D), probs (T, G, E)`` -> rows ``(R, D + G * e)`` that are on their way."""
 
     @staticmethod
-    def backward(ctx, grad_TO):
-        x_TD, w_own, h_own, x_RD, w_RGe, h_remote, lora_A, *lora_B = ctx.saved_tensors
-        plan, channel = ctx.plan, ctx.channel
-        need_x, (_, g, e) = ctx.needs_input_grad[0], w_own.shape
-        need = {"need_x": need_x, "need_weights": any(ctx.needs_input_grad[5:])}
-        grad_SO = grad_TO.index_select(0, plan.token_index_S)
-        combine = Exchange(grad_SO, plan.output_splits, plan.input_splits, channel, "combine_backward")
-        grad_x, grad_w, grad_A, grad_B = experts_backward(
-            grad_TO, x_TD, w_own, h_own, lora_A, lora_B, ctx.scaling, **need
-        )
-        remote_x, remote_w, remote_A, remote_B = experts_backward(
-            combine.wait(), x_RD, w_RGe, h_remote, lora_A, lora_B, ctx.scaling, **need
-        )
-        remote_w = remote_w.flatten(1)
-        grad_RX = torch.cat([remote_x, remote_w], dim=1) if need_x else remote_w
-        dispatch = Exchange(grad_RX, plan.input_splits, plan.output_splits, channel, "dispatch_backward")
-        if need["need_weights"]:
-            grad_A.add_(remote_A)
-            for own, remote in zip(grad_B, remote_B, strict=True):
-                own.add_(remote)
-        grad_w_TPGe = grad_w.new_zeros(x_TD.shape[0], ctx.num_ranks, g, e)
-        grad_w_TPGe[:, plan.own_rank] = grad_w
-        home_SX = dispatch.wait()
-        if need_x:
-            home_x, home_w = home_SX.split([x_TD.shape[1], g * e], dim=1)
-            grad_x.index_add_(0, plan.token_index_S, home_x)
-        else:
-            home_w = home_SX
-        grad_w_TPGe[plan.token_index_S, plan.destination_S] = home_w.reshape(-1, g, e)
-        grad_w_TGE = grad_w_TPGe.transpose(1, 2).reshape(x_TD.shape[0], g, ctx.num_ranks * e)
-        return grad_x, grad_w_TGE, None, None, None, grad_A, *grad_B
+    def forward(ctx, x_TD, probs_TGE, flight):
+        plan, num_ranks = flight.plan, flight.channel.size
+        t, g, num_experts = probs_TGE.shape
+        ctx.flight, ctx.shapes, ctx.dtype = flight, (x_TD.shape, probs_TGE.shape), probs_TGE.dtype
+        # One row for each (token, rank): the weights of the rank's experts.
+        w_TPGe = probs_TGE.view(t, g, num_ranks, num_experts // num_ranks).transpose(1, 2)
+        slot_S = plan.token_index_S * num_ranks + plan.destination_S
+        ctx.save_for_backward(plan.token_index_S, slot_S)
+        w_SX = w_TPGe.reshape(t * num_ranks, g * num_experts // num_ranks).index_select(0, slot_S)
+        d = x_TD.shape[1]
+        rows_SX = x_TD.new_empty(len(slot_S), d + w_SX.shape[1])
+        torch.index_select(x_TD, 0, plan.token_index_S, out=rows_SX[:, :d])
+        rows_SX[:, d:] = w_SX
+        return flight.send(rows_SX, "dispatch")
+
+    @staticmethod
+    def backward(ctx, _):
+        token_index_S, slot_S = ctx.saved_tensors
+        (t, d), (_, g, num_experts) = ctx.shapes
+        num_ranks, home_SX = ctx.flight.channel.size, ctx.flight.receive()
+        e = num_experts // num_ranks
+        home_x, home_w = home_SX.tensor_split([home_SX.shape[1] - g * e], dim=1)
+        grad_x = grad_probs = None
+        if ctx.needs_input_grad[0]:
+            # On CPU adding rows that do not lie side by side costs more than copying them first.
+            grad_x = home_x.new_zeros(t, d).index_add_(0, token_index_S, home_x.contiguous())
+        if ctx.needs_input_grad[1]:
+            grad_w = home_w.new_zeros(t * num_ranks, g * e, dtype=ctx.dtype)
+            grad_w_TPGe = grad_w.index_copy_(0, slot_S, home_w.to(ctx.dtype)).view(t, num_ranks, g, e)
+            grad_probs = grad_w_TPGe.transpose(1, 2).reshape(t, g, num_experts)
+        return grad_x, grad_probs, None
 
 
-def exchange_experts(
-    x_TD: Tensor,
-    w_TGE: Tensor,
-    plan: DispatchPlan,
-    channel: Channel,
-    scaling: float,
-    lora_A: Tensor,
-    *lora_B: Tensor,
-) -> Tensor:
-    """Sum over all experts of the EP group for each local token.
+class _RemoteExperts(torch.autograd.Function):
+    """Rows that arrive -> the local experts' sums for them ``(R, O)``, on their way home."""
+
+    @staticmethod
+    def forward(ctx, rows_RX, flight, need_x, scaling, lora_A, *lora_B):
+        rows_RX, (g, e, _, d) = flight.receive(), lora_A.shape
+        y_RO, h = experts_forward(rows_RX[:, :d], rows_RX[:, d:].unflatten(1, (g, e)), lora_A, lora_B, scaling)
+        ctx.save_for_backward(rows_RX, h, lora_A, *lora_B)
+        ctx.flight, ctx.need_x, ctx.scaling = flight, need_x, scaling
+        flight.send(y_RO, "combine")
+        return y_RO
+
+    @staticmethod
+    def backward(ctx, _):
+        rows_RX, h, lora_A, *lora_B = ctx.saved_tensors
+        flight, (g, e, _, d) = ctx.flight, lora_A.shape
+        grad_RO, x_RD, w_RGe = flight.receive(), rows_RX[:, :d], rows_RX[:, d:].unflatten(1, (g, e))
+        grad_RX = grad_RO.new_empty(grad_RO.shape[0], d * ctx.need_x + g * e)
+        grad_x, grad_w = grad_RX.tensor_split([d * ctx.need_x], dim=1)
+        found_w, grad_h = experts_input_gradients(
+            grad_RO, w_RGe, h, lora_A, lora_B, ctx.scaling, grad_x if ctx.need_x else None
+        )
+        need_rows, *_, need_A = ctx.needs_input_grad[:5]
+        grad_rows, grad_A, grad_B = None, None, [None] * len(lora_B)
+        if need_rows:
+            grad_w.copy_(found_w.flatten(1))
+            flight.send(grad_RX, "dispatch_backward")
+            grad_rows = rows_RX  # not read, but of the right shape
+        if need_A or any(ctx.needs_input_grad[5:]):
+            grad_A, grad_B = experts_weight_gradients(grad_RO, x_RD, w_RGe, h, grad_h, lora_A, lora_B, ctx.scaling)
+        return grad_rows, None, None, None, grad_A, *grad_B
+
+
+class _Combine(torch.autograd.Function):
+    """Results that arrive are added to the projections' outputs, in place."""
+
+    @staticmethod
+    def forward(ctx, y_RO, flight, *outputs):
+        index_S = flight.plan.token_index_S
+        ctx.flight, ctx.dtype = flight, y_RO.dtype
+        ctx.save_for_backward(index_S)
+        parts = flight.receive().split([y.shape[-1] for y in outputs], dim=1)
+        for y, part in zip(outputs, parts, strict=True):
+            y.view(-1, y.shape[-1]).index_add_(0, index_S, part.to(y.dtype).contiguous())
+        ctx.mark_dirty(*outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if not ctx.needs_input_grad[0]:
+            return None, None, *grads
+        (index_S,) = ctx.saved_tensors
+        out_sizes = [grad.shape[-1] for grad in grads]
+        grad_SO = torch.empty(len(index_S), sum(out_sizes), dtype=ctx.dtype, device=index_S.device)
+        for grad, part, o in zip(grads, grad_SO.split(out_sizes, dim=1), out_sizes, strict=True):
+            torch.index_select(grad.reshape(-1, o).to(ctx.dtype), 0, index_S, out=part)
+        return ctx.flight.send(grad_SO, "combine_backward"), None, *grads
+
+
+class RemoteExperts:
+    """An input group's rows for other ranks' experts, from dispatch to combine. Collective in forward and backward.
+
+    Made when routing is known: rows leave. Then, with the caller's own work between them: `compute`, `add_to`.
 
     Args:
         x_TD: Local tokens, ``(T, D)``.
-        w_TGE: Routing weights over all experts, ``(T, G, E)``, dtype of ``x_TD``.
+        probs_TGE: Routing weights over all experts, ``(T, G, E)``; those of the own rank's experts are not used.
         plan: Who sends what where.
         channel: Group, statistics and layer.
         scaling, lora_A, lora_B: This rank's experts, as in `lora_experts`.
-
-    Returns:
-        ``(T, O)``. Collective in forward and backward.
     """
-    return _ExchangeExperts.apply(x_TD, w_TGE, plan, channel, scaling, lora_A, *lora_B)
+
+    def __init__(
+        self,
+        x_TD: Tensor,
+        probs_TGE: Tensor,
+        plan: DispatchPlan,
+        channel: Channel,
+        scaling: float,
+        lora_A: Tensor,
+        lora_B: Sequence[Tensor],
+    ) -> None:
+        self._flight = _Flight(plan, channel)
+        self._experts = (x_TD.requires_grad, scaling, lora_A, *lora_B)
+        self._rows = _Dispatch.apply(x_TD, probs_TGE, self._flight)
+
+    def compute(self) -> None:
+        """Wait for the others' tokens, run this rank's experts on them, send the results."""
+        self._rows = _RemoteExperts.apply(self._rows, self._flight, *self._experts)
+
+    def add_to(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Wait for the results and add them to the projections' outputs.
+
+        Args:
+            outputs: Of each projection, ``(..., O_g)``, T rows in all; overwritten.
+        """
+        return _Combine.apply(self._rows, self._flight, *outputs)

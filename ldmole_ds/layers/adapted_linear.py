@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ldmole_ds.ops.low_rank_update import LowRankUpdate
+
 if TYPE_CHECKING:
     from ldmole_ds.layers.input_group import InputGroup
 
@@ -23,13 +25,19 @@ class AdaptedLinear(nn.Module):
         # Not registered as a child: several adapted linears share one group.
         self.__dict__["group"] = group
         self.member = member
+        group.layers[member] = self
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., D) -> (..., O)``."""
         if not self.group.holder.enabled:
             return self.base_layer(x)
+        if self.group.overlaps:
+            return self.group.output_of(self.member, x)
         update = self.group.update_of(self.member, x)
-        y = self.base_layer(x)
+        return self.add(update, self.base_layer(x))
+
+    def add(self, update: Tensor | LowRankUpdate, y: Tensor) -> Tensor:
+        """The frozen layer's output ``y`` with the update, in place where nobody else has seen it."""
         if isinstance(update, Tensor):
             return y + update.to(y.dtype)  # they differ under autocast only
         return update.add_to(y, in_place=self._owns_output())

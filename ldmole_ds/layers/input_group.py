@@ -10,14 +10,21 @@ member takes its slice once, after its input was checked to be the same memory i
 input is held until then, so its memory cannot have been reused. A mismatch raises: it never computes on the wrong
 tensor.
 
+Where tokens travel, the first member also runs the frozen layers of all members while rows are on their way:
+
+    tokens leave | W of the first members | remote experts, results leave | W of the others, own experts | add
+
+and backward in the opposite order (`ldmole_ds.distributed.expert_exchange`).
+
 Shape legend: T tokens, D in_features, G members, E experts, e local experts, r rank, O summed out_features.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +32,8 @@ from torch import Tensor, nn
 
 from ldmole_ds.distributed import ExpertParallel, ExpertWeights, LocalTokenDispatcher
 from ldmole_ds.distributed.deepspeed_groups import mark_expert_parameter
+from ldmole_ds.distributed.dispatch import low_rank_updates
+from ldmole_ds.distributed.expert_exchange import RemoteExperts
 from ldmole_ds.distributed.zero import is_zero3_parameter
 from ldmole_ds.layers.context import ContextHolder, ForwardContext, RoutingRecord, in_backward
 from ldmole_ds.layers.lambda_mlp import LambdaMLP
@@ -55,7 +64,7 @@ class _Pending:
 
     x: Tensor
     key: tuple | None
-    updates: Sequence[Tensor | LowRankUpdate]
+    results: Sequence[Tensor | LowRankUpdate]
     waiting: set[int]
 
 
@@ -115,6 +124,8 @@ class InputGroup(nn.Module):
         else:
             self.__dict__["lambda_mlp"] = lambda_mlp
         self._pending: _Pending | None = None
+        # Filled by the adapted layers, which own their frozen layers: not registered here.
+        self.__dict__["layers"] = [None] * len(members)
 
         local = topology.local_experts(num_experts)
         bound = 1 / math.sqrt(in_features)
@@ -138,23 +149,31 @@ class InputGroup(nn.Module):
         """``lora_A (G, e, r, D)`` and every ``lora_B (e, r, O_g)``: those that expert parallelism partitions."""
         return [self.lora_A, *self.lora_B]
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether the group runs its frozen layers itself, while tokens travel."""
+        return getattr(self.dispatcher, "overlaps", False)
+
     def output_of(self, member: int, x: Tensor) -> Tensor:
-        """The update for one member, ``(..., D) -> (..., O_g)``; as `update_of`."""
-        update = self.update_of(member, x)
-        if isinstance(update, Tensor):
-            return update
-        return update.add_to(x.new_zeros(*x.shape[:-1], self.out_features[member]), in_place=True)
+        """``W x`` and the update for one member, ``(..., D) -> (..., O_g)``; `overlaps` only."""
+        return self._take(member, x, lambda: self(x, with_frozen=True))
 
     def update_of(self, member: int, x: Tensor) -> Tensor | LowRankUpdate:
-        """The update for one member, as it is or in factors; runs the group for the first member that asks."""
+        """The update for one member, as it is or in factors."""
+        # ZeRO-3 holds lora_B together only while this module runs, and torch.compile fuses by itself.
+        low_rank = not torch.compiler.is_compiling() and not is_zero3_parameter(self.lora_A)
+        return self._take(member, x, lambda: self(x, low_rank=low_rank))
+
+    def _take(
+        self, member: int, x: Tensor, run: Callable[[], Sequence[Tensor | LowRankUpdate]]
+    ) -> Tensor | LowRankUpdate:
+        """One member's result; runs the group for the first member that asks."""
         pending = self._pending
         if pending is None or member == 0:
-            # ZeRO-3 holds lora_B together only while this module runs, and torch.compile fuses by itself.
-            low_rank = not torch.compiler.is_compiling() and not is_zero3_parameter(self.lora_A)
-            updates = self(x, low_rank=low_rank)
+            results = run()
             if len(self.members) > 1:
-                self._pending = _Pending(x, _memory_key(x), updates, set(range(len(self.members))) - {member})
-            return updates[member]
+                self._pending = _Pending(x, _memory_key(x), results, set(range(len(self.members))) - {member})
+            return results[member]
         keys = {pending.key, _memory_key(x)}
         if member not in pending.waiting or (len(keys) > 1 and None not in keys):
             self._pending = None
@@ -165,27 +184,55 @@ class InputGroup(nn.Module):
         pending.waiting.discard(member)
         if not pending.waiting:
             self._pending = None
-        return pending.updates[member]
+        return pending.results[member]
 
     def clear(self) -> None:
         """Forget a result that not all members have taken (they need not all be called)."""
         self._pending = None
 
-    def forward(self, x: Tensor, low_rank: bool = False) -> Sequence[Tensor | LowRankUpdate]:
-        """``(..., D) -> G updates (..., O_g)`` in the dtype of ``x``; with ``low_rank`` in factors where there are."""
+    def forward(self, x: Tensor, low_rank: bool = False, with_frozen: bool = False) -> Sequence[Tensor | LowRankUpdate]:
+        """``(..., D) -> G updates (..., O_g)`` in the dtype of ``x``; with ``low_rank`` in factors where there are.
+
+        ``with_frozen``: the frozen layers' outputs with their updates instead (`overlaps` only).
+        """
         context = self._context()
         # Autocast would compute the router in half precision and mix the dtypes of the experts' products.
         with torch.autocast(x.device.type, enabled=False):
             x_TD = x.reshape(-1, self.in_features).to(self.lora_A.dtype)
             if self.dropout and self.training:
                 x_TD = dropout(x_TD, self.dropout)
-            h, probs_TGE = self._route(x_TD, context.token_mask(x), context, low_rank)
+            h, probs_TGE = self._route(x_TD, context.token_mask(x), context, low_rank or with_frozen)
             experts = ExpertWeights(self.lora_A, list(self.lora_B), self.scaling, low_rank, h)
-            updates = self.dispatcher.run(x_TD, probs_TGE, experts, self.name)
-        if not isinstance(updates, Tensor):
-            return updates
-        y = updates.to(x.dtype).view(*x.shape[:-1], updates.shape[-1])
-        return y.split(self.out_features, dim=-1)
+            if not with_frozen:
+                updates = self.dispatcher.run(x_TD, probs_TGE, experts, self.name)
+                if not isinstance(updates, Tensor):
+                    return updates
+                y = updates.to(x.dtype).view(*x.shape[:-1], updates.shape[-1])
+                return y.split(self.out_features, dim=-1)
+            remote = self.dispatcher.begin(x_TD, probs_TGE, experts, self.name)
+        return self._with_frozen(x, probs_TGE, experts, remote)
+
+    def _with_frozen(
+        self, x: Tensor, probs_TGE: Tensor, experts: ExpertWeights, remote: RemoteExperts
+    ) -> Sequence[Tensor]:
+        """The frozen layers and this rank's own experts, while rows travel to other ranks and back."""
+        # About half of the frozen layers' work for each way; the first way of a group of one.
+        done = list(itertools.accumulate(self.out_features))
+        first = 1 + sum(2 * o < done[-1] for o in done[:-1])
+        outputs = [layer.base_layer(x) for layer in self.layers[:first]]
+        with torch.autocast(x.device.type, enabled=False):
+            remote.compute()
+        outputs += [layer.base_layer(x) for layer in self.layers[first:]]
+        dtype = experts.lora_A.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            own = low_rank_updates(self.dispatcher.own(probs_TGE).to(dtype), experts)
+            # Experts in float32 beside a half-precision base are summed before they are rounded.
+            totals = [
+                layer.add(update, y) if y.dtype == dtype else update.add_to(torch.zeros_like(y, dtype=dtype), True)
+                for layer, update, y in zip(self.layers, own, outputs, strict=True)
+            ]
+            totals = remote.add_to(totals)
+            return [t if y.dtype == dtype else y + t.to(y.dtype) for t, y in zip(totals, outputs, strict=True)]
 
     def _context(self) -> ForwardContext:
         context = self.holder.current

@@ -33,34 +33,50 @@ def experts_forward(
     return y, h
 
 
-def experts_backward(
+def experts_input_gradients(
     grad_y: Tensor,
-    x_ND: Tensor,
     w_NGe: Tensor,
     h: Tensor,
     lora_A: Tensor,
     lora_B: Sequence[Tensor],
     scaling: float,
-    *,
-    need_x: bool = True,
-    need_weights: bool = True,
-) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor | None]]:
-    """Gradients of `experts_forward`: ``(dx or None, dw, dA or None, [dB_g or None])``."""
+    out_x: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `experts_forward` that earlier layers wait for: of the weights, and of h as ``(N, G * e * r)``.
+
+    Args:
+        grad_y, w_NGe, h, lora_A, lora_B, scaling: As there.
+        out_x: ``(N, D)``, rows may lie apart: the gradient of x is written here.
+    """
     num_groups, e, r, d = lora_A.shape
-    n = x_ND.shape[0]
-    w_scaled = (w_NGe * scaling).unsqueeze(-1)
-    hw = (h * w_scaled).view(n, num_groups, e * r) if need_weights else None
+    n = grad_y.shape[0]
     grad_hw = torch.empty_like(h)
-    grad_B: list[Tensor | None] = []
     grads = grad_y.split([b.shape[-1] for b in lora_B], dim=1)
     for g, (dy, b) in enumerate(zip(grads, lora_B, strict=True)):
         torch.mm(dy, b.reshape(e * r, -1).t(), out=grad_hw.view(n, num_groups, e * r)[:, g])
-        grad_B.append((hw[:, g].t() @ dy).view_as(b) if need_weights else None)
     grad_w = (grad_hw * h).sum(-1).mul_(scaling)
-    grad_h = grad_hw.mul_(w_scaled).view(n, num_groups * e * r)
-    grad_A = (grad_h.t() @ x_ND).view_as(lora_A) if need_weights else None
-    grad_x = grad_h @ lora_A.reshape(-1, d) if need_x else None
-    return grad_x, grad_w, grad_A, grad_B
+    grad_h = grad_hw.mul_((w_NGe * scaling).unsqueeze(-1)).view(n, num_groups * e * r)
+    if out_x is not None:
+        torch.mm(grad_h, lora_A.reshape(-1, d), out=out_x)
+    return grad_w, grad_h
+
+
+def experts_weight_gradients(
+    grad_y: Tensor,
+    x_ND: Tensor,
+    w_NGe: Tensor,
+    h: Tensor,
+    grad_h: Tensor,
+    lora_A: Tensor,
+    lora_B: Sequence[Tensor],
+    scaling: float,
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of ``lora_A`` and of each ``lora_B``; ``grad_h`` is what `experts_input_gradients` found."""
+    num_groups, e, r, _ = lora_A.shape
+    hw = (h * (w_NGe * scaling).unsqueeze(-1)).view(-1, num_groups, e * r)
+    grads = grad_y.split([b.shape[-1] for b in lora_B], dim=1)
+    grad_B = [(hw[:, g].t() @ dy).view_as(b) for g, (dy, b) in enumerate(zip(grads, lora_B, strict=True))]
+    return (grad_h.t() @ x_ND).view_as(lora_A), grad_B
 
 
 class _LoRAExperts(torch.autograd.Function):
@@ -77,9 +93,11 @@ class _LoRAExperts(torch.autograd.Function):
     def backward(ctx, grad_y: Tensor):
         x, w, h, lora_A, *lora_B = ctx.saved_tensors
         need_x, _, _, *need_weights = ctx.needs_input_grad
-        grad_x, grad_w, grad_A, grad_B = experts_backward(
-            grad_y, x, w, h, lora_A, lora_B, ctx.scaling, need_x=need_x, need_weights=any(need_weights)
-        )
+        grad_x = torch.empty_like(x) if need_x else None
+        grad_w, grad_h = experts_input_gradients(grad_y, w, h, lora_A, lora_B, ctx.scaling, grad_x)
+        if not any(need_weights):
+            return grad_x, grad_w, None, *[None] * len(need_weights)
+        grad_A, grad_B = experts_weight_gradients(grad_y, x, w, h, grad_h, lora_A, lora_B, ctx.scaling)
         return grad_x, grad_w, None, grad_A, *grad_B
 
 

@@ -51,7 +51,7 @@ def test_another_input_raises_with_the_remedy(other):
     x = torch.randn(2, 7, D)
     q(x)
     with pytest.raises(RuntimeError, match="k was called on another input than q.*input_groups='single'"):
-        group.output_of(1, other(x))
+        group.update_of(1, other(x))
     # The group has recovered.
     assert torch.equal(q(x), q(x)) and k(x).shape == (2, 7, OUT[1])
 
@@ -80,13 +80,13 @@ def test_the_input_is_held_until_the_last_member_took_its_slice():
     x = torch.randn(2, 7, D)
     with torch.no_grad():
         first, alive = x.clone(), weakref.ref(x)
-        group.output_of(0, x)
+        group.update_of(0, x)
         del x
         # The dispatcher's notes hold on to it as well.
         group.dispatcher.calls.clear()
         assert alive() is not None and torch.equal(alive(), first)
-        group.output_of(1, alive())
-        group.output_of(2, alive())
+        group.update_of(1, alive())
+        group.update_of(2, alive())
         assert alive() is None
 
 
@@ -123,7 +123,7 @@ def test_one_dropout_mask_for_router_lambda_and_all_experts():
     x = torch.randn(2, 50, D)
     context = ForwardContext()
     with group.holder.use(context):
-        q, k = (group.output_of(i, x) for i in range(2))
+        q, k = group(x)
     assert torch.equal(q, k), "equal members under one mask must agree"
     (dropped, _), (record,) = group.dispatcher.calls[0], context.records
     # Half is zero, the rest is doubled; and that is what router and lambda MLP have read.

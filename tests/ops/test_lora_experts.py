@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ldmole_ds.ops import lora_experts, lora_experts_reference
-from ldmole_ds.ops.lora_experts import experts_backward, experts_forward
+from ldmole_ds.ops.lora_experts import experts_forward, experts_input_gradients, experts_weight_gradients
 
 SCALING = 1.5
 # N, D, e, r, O_g of each projection: one and three projections of unequal width, one expert, no token, odd sizes.
@@ -94,16 +94,18 @@ def test_frozen_inputs_get_no_gradient_and_change_no_other(frozen):
 
 
 def test_the_plain_forward_and_backward_are_those_of_the_autograd_function():
-    """`experts_backward` is called on its own by the dispatcher: what is not needed is not computed."""
+    """The dispatcher calls them on their own; rows of x and of its gradient may lie apart."""
     x, w, lora_A, *lora_B = inputs_of(7, 5, 4, 2, [6, 3])
     cotangent = torch.randn(7, 9, dtype=torch.float64)
     expected = torch.autograd.grad(lora_experts(x, w, lora_A, lora_B, SCALING), (x, w, lora_A, *lora_B), cotangent)
     with torch.no_grad():
-        _, h = experts_forward(x, w, lora_A, lora_B, SCALING)
-        args = (cotangent, x, w, h, lora_A, lora_B, SCALING)
-        grad_x, grad_w, grad_A, grad_B = experts_backward(*args)
-        for grad, value in zip((grad_x, grad_w, grad_A, *grad_B), expected, strict=True):
+        apart, grad_rows = torch.zeros(7, 6, dtype=x.dtype), torch.full((7, 6), 9.0, dtype=x.dtype)
+        apart[:, :5] = x
+        _, h = experts_forward(apart[:, :5], w, lora_A, lora_B, SCALING)
+        args = (w, h, lora_A, lora_B, SCALING)
+        grad_w, grad_h = experts_input_gradients(cotangent, *args, out_x=grad_rows[:, :5])
+        grad_A, grad_B = experts_weight_gradients(cotangent, x, w, h, grad_h, lora_A, lora_B, SCALING)
+        assert (grad_rows[:, 5] == 9).all()
+        for grad, value in zip((grad_rows[:, :5], grad_w, grad_A, *grad_B), expected, strict=True):
             torch.testing.assert_close(grad, value)
-        grad_x, grad_w, grad_A, grad_B = experts_backward(*args, need_x=False, need_weights=False)
-    assert grad_x is None and grad_A is None and grad_B == [None, None]
-    torch.testing.assert_close(grad_w, expected[1])
+        assert torch.equal(experts_input_gradients(cotangent, *args)[0], grad_w)

@@ -1,0 +1,235 @@
+#!/usr/bin/env python
+"""One expert-parallel layer on the ranks of this machine, forward and backward: ours against its peers.
+
+    python benchmarks/dispatch.py                                          # two gloo ranks of one thread each
+    python benchmarks/dispatch.py --device cuda --dtype bfloat16 --ranks 8 --tokens 8192 --in_features 4096 ...
+
+The frozen linear layer alone; this package's layer in both ways of dispatch; DeepSpeed's MoE layer (no dropping, from
+the installed package); and a dropless dispatch by (token, expert) with grouped GEMM, as AutoEP and torchtitan do it,
+written out in `expert_layers.py`. All have the same top-k routing and are first checked to give the same output and
+gradients. Each takes its turn in every round; a round's time is that of the slowest rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+
+import harness  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from expert_layers import (  # noqa: E402
+    DEEPSPEED,
+    FROZEN,
+    PER_EXPERT,
+    TOKENS,
+    WEIGHTS,
+    Formulation,
+    Sizes,
+    Weights,
+    expert_group,
+    formulations,
+)
+from ranks import counting_bytes, on_ranks  # noqa: E402
+
+from ldmole_ds.training.run_record import git_revision, versions  # noqa: E402
+
+# Ours in tokens mode must be at least so many times faster than the peer, and send so many times fewer bytes.
+BARS = {DEEPSPEED: (1.8, 2.0), PER_EXPERT: (1.0, None)}
+
+
+def check_equal(layers: dict[str, Formulation], weights: Weights) -> dict[str, float]:
+    """Largest norm-wise relative difference of output and gradients from ours in weights mode, by formulation.
+
+    Raises:
+        AssertionError: One is not the same layer.
+    """
+    found = {}
+    for name, layer in layers.items():
+        if name != FROZEN:
+            y, grad_x = layer.step(weights.x, weights.cotangent)
+            found[name] = {"y": y, "x": grad_x, **layer.gradients()}
+    expected, limit = found[WEIGHTS], 1e-4 if weights.x.dtype == torch.float32 else 0.1
+    worst = {
+        name: max(((tensors[key] - value).norm() / value.norm()).item() for key, value in expected.items())
+        for name, tensors in found.items()
+    }
+    assert all(value < limit for value in worst.values()), f"not the same layer: {worst}"
+    return worst
+
+
+def least_bytes(weights: Weights, sizes: Sizes, ranks: int, own: int) -> dict[str, float]:
+    """Bytes that this rank must send in forward and backward together, by unit of dispatch, from the routing alone."""
+    e, item = sizes.experts // ranks, weights.x.element_size()
+    chosen = (weights.x.float() @ weights.gate.float().t()).topk(sizes.k, dim=1).indices // e
+    pairs = (chosen.unsqueeze(-1) == torch.arange(ranks, device=chosen.device)).sum(1)
+    pairs[:, own] = 0
+    sent = torch.stack([(pairs > 0).sum(), pairs.sum()]).to(torch.float64)
+    total = sent.clone()
+    dist.all_reduce(total)
+    # Tokens and their gradients leave this rank, results and theirs answer the tokens of others.
+    row = sizes.in_features + sizes.out_features
+    mean = total / ranks
+    experts = sizes.experts * sizes.r * row * item
+    return {
+        "per (token, rank)": 2 * mean[0].item() * row * item,
+        "per (token, expert)": 2 * mean[1].item() * row * item,
+        "weights": 2 * (ranks - 1) / ranks * experts,
+        "replicate (all-reduce)": 2 * (ranks - 1) / ranks * experts,
+    }
+
+
+def measure(device: torch.device, args: argparse.Namespace) -> dict:
+    """On a rank: equality, bytes by direction, and seconds of each round."""
+    topology = expert_group()
+    sizes = Sizes(*sizes_of(args), getattr(torch, args.dtype))
+    weights = Weights.make(sizes, topology.rank, device)
+    layers = formulations(weights, sizes, topology)
+    equality, sent = check_equal(layers, weights), {}
+    for name, layer in layers.items():
+        with counting_bytes() as counted:
+            layer.step(weights.x, weights.cotangent)
+        sent[name] = {way: sum(n for (d, _), n in counted.items() if d == way) for way in ("forward", "backward")}
+    steps = {name: lambda layer=layer: layer.step(weights.x, weights.cotangent) for name, layer in layers.items()}
+    seconds = harness.interleaved(steps, args.rounds, args.warmup, before=dist.barrier)
+    return {
+        "equality": equality,
+        "bytes": sent,
+        "least": least_bytes(weights, sizes, topology.ep_size, topology.ep_rank),
+        "seconds": seconds,
+    }
+
+
+def sizes_of(args: argparse.Namespace) -> tuple[int, ...]:
+    return args.tokens, args.in_features, args.out_features, args.experts, args.rank, args.k
+
+
+def merge(results: list[dict]) -> dict:
+    """One result of all ranks: the slowest in each round, the worst equality, the mean of the bytes sent."""
+    names, ranks = results[0]["seconds"], len(results)
+    return {
+        "seconds": {n: [max(t) for t in zip(*(r["seconds"][n] for r in results), strict=True)] for n in names},
+        "equality": {n: max(r["equality"][n] for r in results) for n in results[0]["equality"]},
+        "bytes": {
+            n: {way: sum(r["bytes"][n][way] for r in results) / ranks for way in ("forward", "backward")} for n in names
+        },
+        "least": results[0]["least"],
+    }
+
+
+def times_table(result: dict) -> str:
+    seconds, sent = result["seconds"], result["bytes"]
+    head = ["layer", "ms: median (quartiles)", "it / ours, tokens", "bar"]
+    rows = [[*head, "MB sent forward", "backward", "bytes / ours"]]
+    ours = sum(sent[TOKENS].values())
+    for name, values in seconds.items():
+        middle, low, high = (1e3 * v for v in harness.spread(values))
+        relative, (time_bar, bytes_bar) = harness.ratio(seconds, name, TOKENS), BARS.get(name, (None, None))
+        bars = [f"{bar:g} x {what}" for bar, what in ((time_bar, "time"), (bytes_bar, "bytes")) if bar]
+        rows.append(
+            [
+                name,
+                f"{middle:.1f} ({low:.1f} to {high:.1f})",
+                "" if name == TOKENS else f"{relative[0]:.2f} ({relative[1]:.2f} to {relative[2]:.2f})",
+                ", ".join(bars),
+                *(f"{sent[name][way] / 1e6:.2f}" for way in ("forward", "backward")),
+                f"{sum(sent[name].values()) / ours:.2f}",
+            ]
+        )
+    return harness.table(rows)
+
+
+def report(args: argparse.Namespace, result: dict) -> str:
+    flags = " ".join(f"--{key} {value}" for key, value in given(args).items())
+    least = [["unit", "least MB, both directions"]]
+    least += [[unit, f"{value / 1e6:.2f}"] for unit, value in result["least"].items()]
+    peers = {k: v for k, v in result["equality"].items() if k != WEIGHTS}
+    return "\n\n".join(
+        [
+            "# One expert-parallel layer",
+            f"{args.ranks} ranks ({'NCCL' if args.device == 'cuda' else 'gloo, one thread each'}), "
+            f"{args.tokens} tokens a rank, D {args.in_features}, O {args.out_features}, E {args.experts}, "
+            f"r {args.rank}, top-{args.k}; "
+            f"{args.dtype}; forward and backward with all gradients, frozen layer included; {args.rounds} rounds. "
+            f"Reproduce: `python benchmarks/dispatch.py{' ' + flags if flags else ''}`.",
+            f"{harness.machine()}. {', '.join(f'{k} {v}' for k, v in versions().items())}.",
+            times_table(result),
+            "Ratios are medians over rounds of the ratio within a round (quartiles). Bytes are those sent to other "
+            "ranks, measured, mean over ranks.",
+            harness.table(least),
+            "What a rank must send at least with this routing: token and result, and the gradients of both; the "
+            "weights and their gradients; the gradients of replicated experts.",
+            "Same layer: output and every gradient within "
+            + ", ".join(f"{value:.0e} ({name})" for name, value in peers.items())
+            + " of ours in weights mode (norm-wise, worst tensor).",
+            "![times](dispatch.png)",
+            "",
+        ]
+    )
+
+
+def given(args: argparse.Namespace) -> dict:
+    """Flags that differ from their defaults."""
+    defaults = parse([])
+    return {k: v for k, v in vars(args).items() if v != getattr(defaults, k) and k != "output"}
+
+
+def plot(result: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    order = sorted(result["seconds"], key=lambda name: harness.spread(result["seconds"][name])[0])
+    spreads = [[1e3 * v for v in harness.spread(result["seconds"][name])] for name in order]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 2.6), sharey=True, layout="constrained")
+    errors = [[m - low for m, low, _ in spreads], [high - m for m, _, high in spreads]]
+    left.barh(order, [m for m, _, _ in spreads], xerr=errors, color=["#c44" if n == TOKENS else "#89a" for n in order])
+    left.set_xlabel("forward and backward, ms")
+    for way, start in (("forward", None), ("backward", "forward")):
+        offsets = [result["bytes"][n][start] / 1e6 if start else 0 for n in order]
+        right.barh(order, [result["bytes"][n][way] / 1e6 for n in order], left=offsets, label=way)
+    right.set_xlabel("sent by a rank, MB")
+    right.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--device", default="cpu", choices=["cpu", "cuda"], help="cpu: gloo ranks; cuda: NCCL, one GPU a rank")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"])
+    add("--ranks", type=int, default=2, help="of the one EP group")
+    add("--tokens", type=int, default=1024, help="of a rank")
+    add("--in_features", type=int, default=576, help="D")
+    add("--out_features", type=int, default=576, help="O; DeepSpeed's layer takes part where it equals D")
+    add("--experts", type=int, default=8, help="E, a multiple of the ranks")
+    add("--rank", type=int, default=8, help="r of an expert")
+    add("--k", type=int, default=4, help="experts of a token")
+    add("--rounds", type=int, default=40, help="timed rounds, each with every layer once")
+    add("--warmup", type=int, default=5, help="rounds before them")
+    add("--output", type=Path, default=None, help="folder of dispatch.md, .json and .png [benchmarks/results]")
+    args = parser.parse_args(argv)
+    if args.experts % args.ranks:
+        parser.error(f"--experts {args.experts} is not a multiple of --ranks {args.ranks}")
+    return args
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    result = merge(on_ranks(measure, args.ranks, args.device, args))
+    values = {"setting": {k: v for k, v in vars(args).items() if k != "output"}, "machine": harness.machine()}
+    values |= {"versions": versions(), "git_revision": git_revision(), **result}
+    folder = args.output or harness.RESULTS
+    harness.write("dispatch", report(args, result), values, folder)
+    plot(result, folder / "dispatch.png")
+
+
+if __name__ == "__main__":
+    main()
