@@ -66,7 +66,7 @@ def least_bytes(weights: Weights, sizes: Sizes, ranks: int, own: int) -> dict[st
     """Bytes that this rank must send in forward and backward together, by unit of dispatch, from the routing alone."""
     e, item = sizes.experts // ranks, weights.x.element_size()
     chosen = (weights.x.float() @ weights.gate.float().t()).topk(sizes.k, dim=1).indices // e
-    pairs = torch.zeros(sizes.tokens, ranks, device=chosen.device).scatter_add_(1, chosen, torch.ones_like(chosen).float())
+    pairs = (chosen.unsqueeze(-1) == torch.arange(ranks, device=chosen.device)).sum(1)
     pairs[:, own] = 0
     sent = torch.stack([(pairs > 0).sum(), pairs.sum()]).to(torch.float64)
     total = sent.clone()
@@ -123,7 +123,8 @@ def merge(results: list[dict]) -> dict:
 
 def times_table(result: dict) -> str:
     seconds, sent = result["seconds"], result["bytes"]
-    rows = [["layer", "ms: median (quartiles)", "it / ours, tokens", "bar", "MB sent forward", "backward", "bytes / ours"]]
+    head = ["layer", "ms: median (quartiles)", "it / ours, tokens", "bar"]
+    rows = [[*head, "MB sent forward", "backward", "bytes / ours"]]
     ours = sum(sent[TOKENS].values())
     for name, values in seconds.items():
         middle, low, high = (1e3 * v for v in harness.spread(values))
@@ -150,17 +151,18 @@ def report(args: argparse.Namespace, result: dict) -> str:
     return "\n\n".join(
         [
             "# One expert-parallel layer",
-            f"{args.ranks} ranks ({'NCCL' if args.device == 'cuda' else 'gloo, one thread each'}), {args.tokens} tokens "
-            f"a rank, D {args.in_features}, O {args.out_features}, E {args.experts}, r {args.rank}, top-{args.k}; "
+            f"{args.ranks} ranks ({'NCCL' if args.device == 'cuda' else 'gloo, one thread each'}), "
+            f"{args.tokens} tokens a rank, D {args.in_features}, O {args.out_features}, E {args.experts}, "
+            f"r {args.rank}, top-{args.k}; "
             f"{args.dtype}; forward and backward with all gradients, frozen layer included; {args.rounds} rounds. "
             f"Reproduce: `python benchmarks/dispatch.py{' ' + flags if flags else ''}`.",
             f"{harness.machine()}. {', '.join(f'{k} {v}' for k, v in versions().items())}.",
             times_table(result),
-            "Ratios are medians over rounds of the ratio within a round (quartiles). Bytes are those sent to other ranks, "
-            "measured, mean over ranks.",
+            "Ratios are medians over rounds of the ratio within a round (quartiles). Bytes are those sent to other "
+            "ranks, measured, mean over ranks.",
             harness.table(least),
-            "What a rank must send at least with this routing: token and result, and the gradients of both; the weights "
-            "and their gradients; the gradients of replicated experts.",
+            "What a rank must send at least with this routing: token and result, and the gradients of both; the "
+            "weights and their gradients; the gradients of replicated experts.",
             "Same layer: output and every gradient within "
             + ", ".join(f"{value:.0e} ({name})" for name, value in peers.items())
             + " of ours in weights mode (norm-wise, worst tensor).",

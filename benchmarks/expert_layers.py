@@ -118,8 +118,11 @@ def ours(weights: Weights, sizes: Sizes, topology: ExpertParallel, mode: str) ->
         group.lora_A[0].copy_(weights.lora_A[local.start : local.stop])
         group.lora_B[0].copy_(weights.lora_B[local.start : local.stop])
     layer = AdaptedLinear(frozen_linear(weights), group, 0)
-    gradients = {"gate": lambda: group.gate.grad[0], "A": lambda: group.lora_A.grad[0], "B": lambda: group.lora_B[0].grad}
-    return Formulation(layer, list(group.parameters()), lambda: {k: grad() for k, grad in gradients.items()})
+
+    def gradients() -> dict[str, Tensor]:
+        return {"gate": group.gate.grad[0], "A": group.lora_A.grad[0], "B": group.lora_B[0].grad}
+
+    return Formulation(layer, list(group.parameters()), gradients)
 
 
 class LoRAExpert(nn.Module):

@@ -141,22 +141,26 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
 
     def run(self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, layer: str) -> Tensor:
         """See the module docstring. Counts, dispatch and combine forward; the twins of the last two backward."""
+        channel = self.channel(layer)
         if not self.chunk_tokens:
-            return self._run_whole(x_TD, probs_TGE, experts, layer)
-        num_tokens = torch.full((), x_TD.shape[0], device=x_TD.device)
+            return self._run(x_TD, probs_TGE, experts, self.plan(probs_TGE, channel), channel)
         # Every rank runs as many chunks as the one with the most tokens; its own may be empty.
-        num_chunks = -(-largest_of(num_tokens, self.channel(layer)) // self.chunk_tokens)
+        num_tokens = torch.full((), x_TD.shape[0], device=x_TD.device)
+        num_chunks = -(-largest_of(num_tokens, channel) // self.chunk_tokens)
         y = []
-        for i in range(num_chunks):
+        for i in range(max(num_chunks, 1)):
             chunk = slice(i * self.chunk_tokens, (i + 1) * self.chunk_tokens)
-            inputs = (x_TD[chunk], probs_TGE[chunk], experts, layer)
-            y.append(checkpoint(self._run_whole, *inputs, use_reentrant=False, preserve_rng_state=False))
-        return torch.cat(y) if y else self._run_whole(x_TD, probs_TGE, experts, layer)
+            plan = self.plan(probs_TGE[chunk], channel)
+            inputs = (x_TD[chunk], probs_TGE[chunk], experts, plan, channel)
+            y.append(checkpoint(self._run, *inputs, use_reentrant=False, preserve_rng_state=False))
+        return torch.cat(y)
 
-    def _run_whole(self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, layer: str) -> Tensor:
-        remote = self.begin(x_TD, probs_TGE, experts, layer)
-        w_own = self.own(probs_TGE).to(x_TD.dtype)
-        y_TO = lora_experts(x_TD, w_own, experts.lora_A, experts.lora_B, experts.scaling)
+    def _run(
+        self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, plan: DispatchPlan, channel: Channel
+    ) -> Tensor:
+        weights = (experts.lora_A, experts.lora_B)
+        remote = RemoteExperts(x_TD, probs_TGE, plan, channel, experts.scaling, *weights)
+        y_TO = lora_experts(x_TD, self.own(probs_TGE).to(x_TD.dtype), *weights, experts.scaling)
         remote.compute()
         return remote.add_to([y_TO])[0]
 

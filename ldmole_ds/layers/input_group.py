@@ -12,7 +12,7 @@ tensor.
 
 Where tokens travel, the first member also runs the frozen layers of all members while rows are on their way:
 
-    forward    tokens leave | W of the first members | remote experts, results leave | W of the others, own experts | add
+    tokens leave | W of the first members | remote experts, results leave | W of the others, own experts | add
 
 and backward in the opposite order (`ldmole_ds.distributed.expert_exchange`).
 
@@ -26,7 +26,6 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +42,6 @@ from ldmole_ds.ops.dropout import dropout
 from ldmole_ds.ops.fused_routing import RoutingSpec, fused_routing, uses_fused_routing
 from ldmole_ds.ops.low_rank_update import LowRankUpdate
 from ldmole_ds.ops.shared_input import shared_input
-
-if TYPE_CHECKING:
-    pass
 
 
 def seeded_generator(seed: int, *names: object) -> torch.Generator:
@@ -157,7 +153,7 @@ class InputGroup(nn.Module):
     @property
     def overlaps(self) -> bool:
         """Whether the group runs its frozen layers itself, while tokens travel."""
-        return self.dispatcher.overlaps
+        return getattr(self.dispatcher, "overlaps", False)
 
     def output_of(self, member: int, x: Tensor) -> Tensor:
         """``W x`` and the update for one member, ``(..., D) -> (..., O_g)``; `overlaps` only."""
@@ -228,10 +224,16 @@ class InputGroup(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             remote.compute()
         outputs += [layer.base_layer(x) for layer in self.layers[first:]]
+        dtype = experts.lora_A.dtype
         with torch.autocast(x.device.type, enabled=False):
-            own = low_rank_updates(self.dispatcher.own(probs_TGE).to(experts.lora_A.dtype), experts)
-            members = zip(self.layers, own, outputs, strict=True)
-            return remote.add_to([layer.add(update, y) for layer, update, y in members])
+            own = low_rank_updates(self.dispatcher.own(probs_TGE).to(dtype), experts)
+            # Experts in float32 beside a half-precision base are summed before they are rounded.
+            totals = [
+                layer.add(update, y) if y.dtype == dtype else update.add_to(torch.zeros_like(y, dtype=dtype), True)
+                for layer, update, y in zip(self.layers, own, outputs, strict=True)
+            ]
+            totals = remote.add_to(totals)
+            return [t if y.dtype == dtype else y + t.to(y.dtype) for t, y in zip(totals, outputs, strict=True)]
 
     def _context(self) -> ForwardContext:
         context = self.holder.current
@@ -255,7 +257,7 @@ class InputGroup(nn.Module):
         """
         num_tokens, num_members = x_TD.shape[0], len(self.members)
         lora_A = first_layer = lam_T = live_units_H = None
-        if low_rank and self.dispatcher.experts_are_here:
+        if low_rank and getattr(self.dispatcher, "experts_are_here", False):
             lora_A = self.lora_A
         if self.router.uses_lambda:
             first_layer = self.lambda_mlp.first_layer

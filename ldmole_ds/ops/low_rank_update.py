@@ -34,12 +34,12 @@ class _AddLowRank(torch.autograd.Function):
         ctx.scaling = scaling
         o = y.shape[-1]
         with torch.autocast(y.device.type, enabled=False):
-            factors = (_weighted(h_XT, p_eT, scaling).t(), lora_B.reshape(-1, o))
             if in_place:
                 ctx.mark_dirty(y)
-                y.view(-1, o).addmm_(*factors)
-                return y
-            return torch.addmm(y.reshape(-1, o), *factors).view(y.shape)
+            else:
+                y = y.clone(memory_format=torch.contiguous_format)  # not a view: more may be added in place
+            y.view(-1, o).addmm_(_weighted(h_XT, p_eT, scaling).t(), lora_B.reshape(-1, o))
+            return y
 
     @staticmethod
     def backward(ctx, grad):
