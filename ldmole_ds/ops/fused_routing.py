@@ -125,15 +125,17 @@ def uses_fused_routing(logits: Tensor) -> bool:
     Raises:
         ValueError: The environment variable has no known value, or asks for what cannot run.
     """
+    if torch.compiler.is_compiling() or logits.dtype == torch.float64:
+        return False
     switch = os.environ.get(SWITCH, "auto")
     if switch not in ("auto", "on", "off"):
         raise ValueError(f"{SWITCH}={switch!r} is not known: use auto, on or off")
-    if switch == "off" or logits.dtype == torch.float64 or torch.compiler.is_compiling():
+    if switch == "off" or (switch == "auto" and not logits.is_cuda):
         return False
     if switch == "auto":
-        if logits.is_cuda and not _triton_is_here():
+        if not _triton_is_here():
             _warn_without_triton()
-        return logits.is_cuda and _triton_is_here()
+        return _triton_is_here()
     if not _triton_is_here():
         raise ValueError(f"{SWITCH}=on, but Triton cannot be imported: install triton, or unset it")
     if not logits.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
