@@ -47,7 +47,7 @@ def cells(args: argparse.Namespace) -> list[tuple[int, int, int]]:
 def measure(device: torch.device, args: argparse.Namespace) -> dict:
     """On a rank: the link, and of each cell the seconds by layout, the memory, and what auto picks."""
     topology, found = expert_group(), []
-    link = measure_link(topology, device)
+    link = measure_link(topology, device, getattr(torch, args.dtype).itemsize)
     for e, r, tokens in cells(args):
         dtype, k = getattr(torch, args.dtype), min(args.k, e)
         sizes = Sizes(tokens, args.in_features, args.out_features, e, r, k, dtype)
