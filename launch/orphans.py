@@ -38,7 +38,7 @@ def is_launcher(argv: list[str]) -> bool:
         if word == "-m":
             return i + 1 < len(argv) and argv[i + 1] in MODULES
         if not word.startswith("-"):
-            return Path(word).name in PROGRAMS
+            return Path(word).name in PROGRAMS or word.endswith("launch/compare.py")
     return False
 
 

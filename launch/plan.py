@@ -6,7 +6,8 @@
     python launch/plan.py --calibrate here.json                                     measures this machine
     torchrun --nproc_per_node 2 launch/plan.py --calibrate here.json                with the link between two ranks
 
-No weights are read and no accelerator is needed. Model, adapter and batch flags are those of launch/train.py.
+No weights are read and no accelerator is needed. Model, adapter and batch flags are those of launch/train.py; an
+adapter to train on from is planned by its settings.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ from ldmole_ds.training.flags import Formatter, field_with_help, raise_user_erro
 from ldmole_ds.training.runtime import UserError, is_main_process, run_main  # noqa: E402
 
 USABLE_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Flags of training that would change the plan, but cannot be followed here.
+UNREAD = {
+    "adapter_name_or_path": "give the settings in its adapter_config.json (--num_experts, --r, ...)",
+    "trust_remote_code": "a model with code of its own cannot be planned",
+}
 
 
 @dataclass
@@ -151,6 +157,9 @@ def build_job(flags: Namespace):
     from ldmole_ds.training.arguments import adapter_config
     from ldmole_ds.training.batch import BatchArguments, accumulation_steps
 
+    for name, remedy in UNREAD.items():
+        if getattr(flags, name):
+            raise ValueError(f"--{name} is not read by the planner: {remedy}")
     if flags.bf16 and flags.fp16:
         raise ValueError("--bf16 and --fp16 exclude each other: give one")
     cluster, config = build_cluster(flags), adapter_config(flags)
@@ -180,7 +189,8 @@ def build_job(flags: Namespace):
     config.adapter_dtype = config.adapter_dtype or engine
     shape = shape_of_config(hf_config, config)
     precision = Precision(USABLE_DTYPES[base], USABLE_DTYPES[config.adapter_dtype], flags.quantization)
-    routing = Routing(flags.active_experts or expected_experts(config), flags.skew)
+    active = expected_experts(config) if flags.active_experts is None else flags.active_experts
+    routing = Routing(active, flags.skew)
     traced = {"micro": micro, "length": flags.max_length, "dtype": getattr(torch, base)}
     recompute = flags.activation_checkpointing
     traces = {recompute: trace_step(hf_config, config, checkpointing=recompute, **traced)}

@@ -60,7 +60,8 @@ class LDMoLEConfig:
             "quarter of the layers 2 experts); num_experts becomes the largest of them."
         },
     )
-    r: int = _help(8, "Rank of each expert.")
+    # torchrun takes --r for an abbreviation of its own options.
+    r: int = _help(8, "Rank of each expert; --lora_r is the same (for torchrun).", aliases=["--lora_r"])
     lora_alpha: float = _help(16.0, "LoRA scaling numerator: the experts' sum is multiplied by lora_alpha / r.")
     lora_dropout: float = _help(0.1, "Dropout on the adapter's input; router, lambda MLP and experts share one mask.")
     target_modules: str | list[str] = field(

@@ -41,6 +41,20 @@ def test_paths_are_found_and_missed_ones_noticed():
     assert exists("ldmole_ds/tasks/", document) and not exists("ldmole_ds/task/", document)
 
 
+def test_the_readme_links_every_page():
+    table = DOCUMENTS[0].read_text(encoding="utf-8").split("## Documentation")[1]
+    assert [page.name for page in DOCUMENTS[1:] if f"(docs/{page.name})" not in table] == []
+
+
+def test_anchors_are_headings():
+    """``page.md#heading`` as GitHub makes it: lower case, hyphens for spaces, no other signs."""
+    for document in DOCUMENTS:
+        for page, anchor in re.findall(r"\(([\w./-]*\.md)?#([\w-]+)\)", document.read_text(encoding="utf-8")):
+            text = (document.parent / page if page else document).read_text(encoding="utf-8")
+            headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], (document, anchor)
+
+
 def test_the_method_states_our_defaults():
     defaults = {f.name: f.default for f in fields(LDMoLEConfig) if f.default is not MISSING}
     section = METHOD.split("## Defaults and presets")[1].split("| preset |")[0]

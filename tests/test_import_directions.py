@@ -22,6 +22,7 @@ MAY_IMPORT["analysis"] = {*_LOWER, "tasks"}
 MAY_IMPORT["parity"] = set(_LOWER)
 MAY_IMPORT["planner"] = set(_LOWER)
 MAY_IMPORT["doctor"] = set(_LOWER)
+MAY_IMPORT["compare"] = {*_LOWER, "tasks", "training", "planner"}
 
 # Where a framework may be imported: a file, or a folder with its trailing slash.
 FRAMEWORK_HOMES = {

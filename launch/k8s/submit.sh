@@ -26,7 +26,8 @@ dry_run=
 [[ ${1:-} == --dry_run ]] && dry_run=1 && shift
 [[ $kind == mpijob || $NODES -gt 1 ]] || { echo "a PyTorchJob of one pod has no workers: set NODES to 2 or more" >&2; exit 2; }
 
-TRAIN_ARGS="$TRAIN_ARGS $*"
+# Quoted, since a shell in the pod reads them: --target_modules '.*layers\.2\d.*' arrives as it is.
+(($#)) && TRAIN_ARGS+=$(printf ' %q' "$@")
 WORKERS=$((NODES - 1))
 RANKS=$((NODES * GPUS))
 text=$(cat "$(dirname "${BASH_SOURCE[0]}")/$kind.yaml")

@@ -54,7 +54,7 @@ def expert_phases(
         itemsize: Bytes of an adapter value.
         rows: Per group, rows sent and received in the dispatch of one micro-step.
         first_has_gradient: Whether the first group's input has one. It has none where the embedding below is frozen, so
-            that only the routing weights' gradients travel back.
+            that only the routing weights' gradients travel back; under checkpointing Transformers makes it ask for one.
     """
     total: dict[str, Phase] = {}
 
@@ -62,6 +62,7 @@ def expert_phases(
         before = total.get(name, Phase(0, 0))
         total[name] = Phase(before.calls + calls, before.bytes + num_bytes)
 
+    first_has_gradient |= layout.checkpointing
     p, steps, kept = layout.ep_size, batch.accumulation, keeps_gathered(layout, batch)
     recomputed = 2 if layout.checkpointing else 1
     for index, (group, (sent, received)) in enumerate(zip(shape.groups, rows, strict=True)):

@@ -34,6 +34,7 @@ class TaskResult:
         chance: Mean of 1 / (number of options).
         metrics: The task's own metrics beside accuracy.
         truncated: Questions whose prompt was cut to the longest length.
+        answers, gold: Index of the chosen option and of the right one, by row.
     """
 
     task: str
@@ -46,6 +47,8 @@ class TaskResult:
     chance: float
     metrics: dict[str, float]
     truncated: int
+    answers: list[int]
+    gold: list[int]
 
     @classmethod
     def of_answers(cls, task: Task, split: str, scoring: str, dataset: ChoiceDataset, answers: list[int]) -> TaskResult:
@@ -60,9 +63,11 @@ class TaskResult:
             correct=correct,
             accuracy=correct / rows,
             interval=wilson_interval(correct, rows),
-            chance=sum(1 / len(question.candidate_ids) for question in dataset.questions) / rows,
+            chance=dataset.chance,
             metrics={task.metric: METRICS[task.metric](answers, gold)} if task.metric else {},
             truncated=dataset.num_truncated,
+            answers=list(answers),
+            gold=gold,
         )
 
 

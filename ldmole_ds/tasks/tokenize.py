@@ -95,6 +95,11 @@ class ChoiceDataset(Dataset):
         """Encodes every question; see `encode_question`."""
         return cls([encode_question(tokenizer, question, max_length) for question in questions])
 
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing: the mean of 1 / (number of options)."""
+        return sum(1 / len(question.candidate_ids) for question in self.questions) / len(self.questions)
+
     def __len__(self) -> int:
         return len(self.questions)
 

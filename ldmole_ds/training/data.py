@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class ChoiceData:
         single_token: Whether one forward pass scores all candidates.
         description: Where the rows came from.
         label_words: The answers of a text-and-label task in their order; None for multiple choice.
+        validation_rows: The number that each held-out question has in its split.
+        answers: Of the last evaluation, see `note_answers`.
     """
 
     train: ChoiceDataset
@@ -46,12 +48,24 @@ class ChoiceData:
     single_token: bool
     description: str
     label_words: list[str] | None
+    validation_rows: list[int] = field(default_factory=list)
+    answers: dict[str, Any] = field(default_factory=dict)
 
     def summary(self) -> str:
         """The data in one line."""
         rows = f"{len(self.train)} train" + (f", {len(self.validation)} held-out" if self.validation else "")
         cut = self.train.num_truncated
         return f"{rows} rows of {self.description}" + (f" ({cut} prompts cut to --max_length)" if cut else "")
+
+    def note_answers(self, answers: list[int]) -> None:
+        """Keep the answers to the held-out questions beside the right ones, in the order of the split."""
+        questions = self.validation.questions
+        by_row = sorted(zip(self.validation_rows, answers, questions, strict=True), key=lambda entry: entry[0])
+        self.answers = {
+            "answers": [answer for _, answer, _ in by_row],
+            "gold": [question.gold for _, _, question in by_row],
+            "chance": self.validation.chance,
+        }
 
     @property
     def longest_row(self) -> int:
@@ -135,9 +149,11 @@ def _encoded(
 ) -> ChoiceData:
     train_set = ChoiceDataset.from_questions(train, tokenizer, max_length)
     validation_set = ChoiceDataset.from_questions(validation, tokenizer, max_length) if validation else None
+    order: list[int] = []
     if validation_set is not None:
         # Rows of one length side by side: less padding, same result.
-        validation_set.questions.sort(key=lambda question: len(question.prompt_ids))
+        order = sorted(range(len(validation_set)), key=lambda row: len(validation_set[row].prompt_ids))
+        validation_set.questions = [validation_set[row] for row in order]
     present = [s for s in (train_set, validation_set) if s is not None]
     return ChoiceData(
         train=train_set,
@@ -146,6 +162,7 @@ def _encoded(
         single_token=all(s.single_token for s in present),
         description=description,
         label_words=[candidate.strip() for candidate in train[0].candidates] if is_classification else None,
+        validation_rows=order,
     )
 
 

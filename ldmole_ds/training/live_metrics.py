@@ -58,8 +58,9 @@ class LogWindow:
     def __init__(self, model: LDMoLEModel, step: int, peak_tflops: float | None = None) -> None:
         self.model = model
         self.peak_tflops = peak_tflops
-        self.flops = TrainingFlops(model) if peak_tflops else None
+        self.flops = TrainingFlops(model)
         self.projections: dict[str, dict] = {}
+        self.operations = 0.0
         self.restart(step)
 
     def restart(self, step: int) -> None:
@@ -85,7 +86,8 @@ class LogWindow:
             inside.swap(self.model.routing.swap(outside).snapshot())
 
     def metrics(self, step: int) -> tuple[dict[str, float], float]:
-        """The window's metrics and seconds, the same on every rank; `projections` is filled. Collective.
+        """The window's metrics and seconds, the same on every rank; fills `projections` and
+        `operations`. Collective.
 
         Args:
             step: Optimizer steps so far.
@@ -110,7 +112,7 @@ class LogWindow:
             metrics["max_rank_load"] = round(max(loads) * world_size / sum(loads), 4)
         metrics["dispatch_bytes_per_step"] = round(sent / steps)
         metrics["tokens_per_second"] = round(self.tokens.real / seconds, 1)
-        if self.flops is not None:
-            done = self.flops.of(self.tokens.real, self.tokens.answers, self.tokens.pairs, self.projections)
-            metrics["mfu"] = round(done / (seconds * world_size * self.peak_tflops * 1e12), 6)
+        self.operations = self.flops.of(self.tokens.real, self.tokens.answers, self.tokens.pairs, self.projections)
+        if self.peak_tflops:
+            metrics["mfu"] = round(self.operations / (seconds * world_size * self.peak_tflops * 1e12), 6)
         return metrics, seconds

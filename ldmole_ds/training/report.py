@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from ldmole_ds.model import LDMoLEModel
-
-
-def peak_memory_bytes() -> int:
-    """Peak memory of this rank: of the accelerator where there is one, else of the process."""
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
-        return accelerator.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+from ldmole_ds.training.memory import peak_memory_bytes
 
 
 def gather_rank_facts(model: LDMoLEModel) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from transformers.utils import logging as hf_logging
 from ldmole_ds.checkpoint import CheckpointError
 from ldmole_ds.model import LDMoLEModel
 from ldmole_ds.model.adapter_io import load_state
-from ldmole_ds.tasks import TASKS, ChoiceDataset
+from ldmole_ds.tasks import TASKS
 from ldmole_ds.tasks.metrics import task_metrics
 from ldmole_ds.tasks.sft.collate import DocumentCollator, PackedCollator
 from ldmole_ds.training import report as reports
@@ -29,11 +29,12 @@ from ldmole_ds.training.batch import BatchSizeWarmup, batch_size_warmup
 from ldmole_ds.training.callbacks import GroupTimeoutCallback
 from ldmole_ds.training.data import ChoiceData
 from ldmole_ds.training.ds_config import check_ds_config, check_precision, read_ds_config
+from ldmole_ds.training.memory import MemoryOfTraining
 from ldmole_ds.training.metrics_file import MetricsFileCallback
 from ldmole_ds.training.packing_check import PackingCheckCallback
 from ldmole_ds.training.placement import gather_places, placement_table
 from ldmole_ds.training.preemption import EXIT_PREEMPTED
-from ldmole_ds.training.run_record import SETTINGS_NAME, check_output_folder, run_settings, write_json
+from ldmole_ds.training.run_record import ANSWERS_NAME, SETTINGS_NAME, check_output_folder, run_settings, write_json
 from ldmole_ds.training.runtime import UserError, agreed, is_main_process
 from ldmole_ds.training.setup import build_model, build_settings, load_base, load_data
 from ldmole_ds.training.sft import SFTData, SFTLossTrainer
@@ -57,6 +58,7 @@ def train(flags: Namespace) -> None:
     )
     quiet_libraries()
     places = gather_places()
+    memory = MemoryOfTraining()
     if flags.adapter_name_or_path:
         with agreed("starting adapter"):
             config, start = start_from_adapter(flags)
@@ -92,7 +94,8 @@ def train(flags: Namespace) -> None:
         if data.label_words:
             write_json(folder / "label_words.json", data.label_words)
     resume = "auto" if layout.resume == "auto" else _resume(training.resume_from_checkpoint)
-    finish(trainer, model, data, folder, resume)
+    trainer.add_callback(memory)
+    finish(trainer, model, data, folder, resume, memory)
     runtime.stop()
     if trainer.preemption.stopped_by:
         runtime.leave(EXIT_PREEMPTED)
@@ -109,14 +112,20 @@ def quiet_libraries() -> None:
         hf_logging.disable_progress_bar()
 
 
-def choice_metrics(validation: ChoiceDataset | None) -> Callable[[EvalPrediction], dict[str, float]]:
-    """What the Trainer calls after each evaluation: `task_metrics` of the held-out rows, whose order it keeps."""
+def choice_metrics(data: ChoiceData) -> Callable[[EvalPrediction], dict[str, float]]:
+    """What the Trainer calls after each evaluation: `task_metrics` of the held-out rows, whose order it keeps.
+
+    It also leaves the answers in ``data``.
+    """
+    validation = data.validation
 
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         if prediction.label_ids.tolist() != [question.gold for question in validation.questions]:
             raise ValueError("the answers are not those of the held-out rows in their order")
         tasks = [question.task for question in validation.questions]
-        return task_metrics(tasks, np.argmax(prediction.predictions, axis=-1), prediction.label_ids)
+        answers = np.argmax(prediction.predictions, axis=-1)
+        data.note_answers(answers.tolist())
+        return task_metrics(tasks, answers, prediction.label_ids)
 
     return metrics
 
@@ -144,7 +153,7 @@ def build_trainer(
             common["callbacks"].append(PackingCheckCallback(data.collator))
         trainer = SFTLossTrainer(model, training, eval_collator=DocumentCollator(data.pad_token_id), **common)
     else:
-        metrics = choice_metrics(data.validation)
+        metrics = choice_metrics(data)
         trainer = LDMoLETrainer(
             model, training, compute_metrics=metrics, single_token_choices=data.single_token, **common
         )
@@ -180,7 +189,12 @@ def startup_table(
 
 
 def finish(
-    trainer: LDMoLETrainer, model: LDMoLEModel, data: ChoiceData | SFTData, folder: Path, resume: str | bool | None
+    trainer: LDMoLETrainer,
+    model: LDMoLEModel,
+    data: ChoiceData | SFTData,
+    folder: Path,
+    resume: str | bool | None,
+    memory: MemoryOfTraining,
 ) -> None:
     """Train, evaluate, save, report; or train until a signal says stop."""
     begin = time.perf_counter()
@@ -198,6 +212,7 @@ def finish(
                 flush=True,
             )
         return
+    trainer.close_window()
     seconds = result.metrics.get("train_runtime", time.perf_counter() - begin)
     metrics = dict(result.metrics)
     evaluation: dict[str, float] = {}
@@ -219,6 +234,8 @@ def finish(
         "steps": trainer.state.global_step,
         "seconds": seconds,
         "tokens_per_second": trainer.tokens_timed / max(trainer.train_seconds, 1e-9),
+        "flops_per_token": trainer.operations / max(trainer.tokens_timed, 1),
+        "training_memory_bytes": memory.bytes,
         "accuracy_before": before.get("eval_accuracy"),
         "accuracy_after": evaluation.get("eval_accuracy"),
         "accuracy_by_task": {
@@ -237,6 +254,8 @@ def finish(
     }
     write_json(folder / "report.json", report)
     write_json(folder / "routing_summary.json", routing_rows)
+    if isinstance(data, ChoiceData) and data.answers:
+        write_json(folder / ANSWERS_NAME, data.answers)
     reports.plot_curves(history, folder / "curves.png")
     print(reports.format_report(report), flush=True)
 

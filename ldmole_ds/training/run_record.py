@@ -13,6 +13,7 @@ from typing import Any
 from ldmole_ds.config import CONFIG_NAME
 
 SETTINGS_NAME = "run_settings.json"
+ANSWERS_NAME = "heldout_answers.json"
 _PACKAGES = ("ldmole_ds", "torch", "deepspeed", "transformers", "accelerate", "datasets", "safetensors")
 
 

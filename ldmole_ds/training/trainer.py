@@ -80,7 +80,7 @@ class LDMoLETrainer(CheckpointMixin, BatchWarmupLoop):
         if not hasattr(model, "accepts_loss_kwargs"):
             self.model_accepts_loss_kwargs &= self._loss_shifts_labels
         self.log_window = LogWindow(model, 0, peak_tflops or device_peak_tflops(self.args.device))
-        self.tokens_timed, self.train_seconds = 0, 0.0
+        self.tokens_timed, self.train_seconds, self.operations = 0, 0.0, 0.0
         check_trainable(model, self.args, self._zero_stage)
         if self.compute_loss_func is not None:
             raise ValueError(
@@ -201,12 +201,18 @@ class LDMoLETrainer(CheckpointMixin, BatchWarmupLoop):
         metrics, seconds = window.metrics(self.state.global_step)
         self.train_seconds += seconds
         self.tokens_timed += window.tokens.real
+        self.operations += window.operations
         self.restart_window()
         return metrics
 
     def restart_window(self) -> None:
         """Start the next logging window: what happens in between (evaluation) is in neither."""
         self.log_window.restart(self.state.global_step)
+
+    def close_window(self) -> None:
+        """Count what came after the last log. Collective."""
+        if self.log_window.tokens.real:
+            self._training_metrics()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The Trainer's evaluation; its routing, traffic and time do not count into the training logs."""

@@ -38,9 +38,9 @@ def records_of(model, prompt):
     def keep(group):
         original = group._route
 
-        def watched(x_TD, mask_T, context):
-            found[group.name] = original(x_TD, mask_T, context)
-            return found[group.name]
+        def watched(*args):
+            h, found[group.name] = original(*args)
+            return h, found[group.name]
 
         return watched
 

@@ -13,6 +13,7 @@ import yaml
 from ldmole_ds.training.arguments import parse_flags
 from tests.launcher import ROOT
 
+PATTERN = r".*layers\.2\d\.(q|v)_proj"  # of no use if a shell on the way took it apart
 SCRIPTS = sorted([*ROOT.glob("launch/**/*.sh"), *ROOT.glob("launch/**/*.sbatch"), ROOT / "tests/run.sh"])
 
 
@@ -83,7 +84,7 @@ def test_a_preempted_job_goes_back_into_the_queue(tmp_path, code, requeued):
 
 
 def job(kind: str, **variables: str) -> dict:
-    result = run("launch/k8s/submit.sh", kind, "--dry_run", "--r", "4", **variables)
+    result = run("launch/k8s/submit.sh", kind, "--dry_run", "--r", "4", "--target_modules", PATTERN, **variables)
     assert result.returncode == 0, result.stderr
     text = "\n".join(line for line in result.stdout.splitlines() if not line.startswith(("# kubectl", "# EOF")))
     assert "${" not in text
@@ -126,6 +127,7 @@ def test_pytorchjob():
         assert container["name"] == "pytorch" and container["resources"]["limits"]["nvidia.com/gpu"] == 8
         words = shlex.split(container["args"][0])
         assert words[:4] == ["exec", "torchrun", "--nnodes=4", "--nproc_per_node=8"]
+        assert words[words.index("--target_modules") + 1] == PATTERN
         check_flags(words)
 
 

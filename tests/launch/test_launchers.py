@@ -68,7 +68,7 @@ def run_all(commands: list[list], timeout_s: float = 240, **variables: str) -> l
 def flags(tiny_model_folder, data_folder):
     return [
         "launch/train.py", "--model_name_or_path", tiny_model_folder, "--train_file", data_folder / "train.jsonl",
-        "--deepspeed", "ds_configs/zero2.json", "--lambda_hidden_size", 8, "--r", 2, "--logging_steps", 1,
+        "--deepspeed", "ds_configs/zero2.json", "--lambda_hidden_size", 8, "--lora_r", 2, "--logging_steps", 1,
         "--max_steps", 2, "--per_device_train_batch_size", 2, "--save_strategy", "no",
     ]  # fmt: skip
 

@@ -36,6 +36,7 @@ PARENT = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, *sys
         ("/venv/bin/python /venv/bin/deepspeed --num_gpus 2 launch/train.py", True),
         ("python -m torch.distributed.run train.py", True),
         ("/venv/bin/python3.11 /venv/bin/torchrun train.py", True),
+        ("python /here/launch/compare.py --task rte", True),
         ("-bash", False),
         ("bash -c deepspeed", False),
         ("sshd: user@pts/0", False),

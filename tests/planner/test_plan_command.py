@@ -77,6 +77,9 @@ def test_a_plan_as_table_json_config_and_command(plan, model_file, tmp_path, cap
         (["--preset", "best"], "--preset best is not known"),
         (["--teleport"], "unknown argument --teleport"),
         (["--skew", "0"], "skew at least 1"),
+        (["--active_experts", "0"], "active_experts must be above 0"),
+        (["--adapter_name_or_path", "runs/one"], "--adapter_name_or_path is not read by the planner: give"),
+        (["--trust_remote_code"], "--trust_remote_code is not read by the planner"),
         (["--memory_gb", "0.000001", "--write_config", "unused"], "no layout fits, so nothing was written"),
     ],
 )

@@ -26,7 +26,7 @@ def test_fake_and_real_steps_agree(checkpointing):
         fake = traced(checkpointing)
     assert fake.peak == real.peak > 0
     products = [{op: n for op, n in t.ops.items() if op[1]} for t in (fake, real)]
-    assert products[0] == products[1] and sum(products[0].values()) > 100
+    assert products[0] == products[1] and sum(products[0].values()) > 60
     assert fake.calls == pytest.approx(real.calls, rel=0.01)
 
 

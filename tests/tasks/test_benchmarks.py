@@ -310,3 +310,20 @@ def test_mmlu_pro_is_carved_by_the_question():
     assert not {r["question"] for r in parts["train"]} & {r["question"] for r in parts["test"]}
     with pytest.raises(DataError, match="task mmlu_pro has no split 'dev'"):
         carve(rows, "dev")
+
+
+@pytest.mark.parametrize(
+    ("split", "rows"), [("train[2:4]", slice(2, 4)), ("train[:-1]", slice(None, -1)), ("train[-2:]", slice(-2, None))]
+)
+def test_a_part_of_a_split_by_row_numbers(split, rows):
+    everything = load_task(TASKS["rte"], "train", data_dir=ROWS)
+    assert load_task(TASKS["rte"], split, data_dir=ROWS) == everything[rows]
+    assert load_task(TASKS["rte"], split, data_dir=ROWS, limit=1) == everything[rows][:1]
+
+
+@pytest.mark.parametrize(
+    ("split", "said"), [("train[:10%]", "such as train\\[:-300\\]"), ("train[50:]", "'train\\[50:\\]' has no rows")]
+)
+def test_a_part_that_is_none(split, said):
+    with pytest.raises(DataError, match=said):
+        load_task(TASKS["rte"], split, data_dir=ROWS)

@@ -94,7 +94,6 @@ def test_logs_of_one_process(tmp_path):
 
 def test_mfu_is_operations_over_time_and_peak(tmp_path):
     trainer = one_process(tiny_model(), Rows(ragged_batch(rows=8)), tmp_path)
-    assert trainer.log_window.flops is None
     from ldmole_ds.training.live_metrics import LogWindow
 
     trainer.log_window = LogWindow(trainer.model, 0, peak_tflops=1e-3)

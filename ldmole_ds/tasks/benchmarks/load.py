@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def load_task(
 
     Args:
         task: The task.
-        split: train, validation or test.
+        split: train, validation or test; also a part of it by row numbers, as `datasets` writes it: ``train[:-300]``.
         data_dir: Folder with ``<task>/<split>.jsonl``; None: the hub. A task of embedded rows need not be there.
         scoring: One of `SCORINGS`; None takes the task's own.
         limit: Only the first rows.
@@ -34,8 +35,24 @@ def load_task(
     scoring = scoring or task.scoring
     if scoring not in SCORINGS:
         raise DataError(f"--scoring {scoring!r} is not known: use {' or '.join(SCORINGS)}")
-    rows = _rows(task, split, Path(data_dir) if data_dir else None)
+    name, part = split_and_part(split)
+    rows = _rows(task, name, Path(data_dir) if data_dir else None)[part]
+    if not rows:
+        raise DataError(f"task {task.name}: split {split!r} has no rows")
     return [task.read(row).as_question(scoring, task.name) for row in rows[:limit]]
+
+
+def split_and_part(split: str) -> tuple[str, slice]:
+    """``train[:-300]`` as ``train`` and a slice.
+
+    Raises:
+        DataError: What is in brackets is no range of row numbers.
+    """
+    found = re.fullmatch(r"(\w+)(?:\[(-?\d+)?:(-?\d+)?\])?", split)
+    if found is None:
+        raise DataError(f"split {split!r} is not known: use a name, or a part by row numbers such as train[:-300]")
+    name, *ends = found.groups()
+    return name, slice(*(int(end) if end else None for end in ends))
 
 
 def load_hub_rows(name: str, config: str | None, split: str) -> Any:

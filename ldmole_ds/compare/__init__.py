@@ -1,0 +1,1 @@
+"""Methods against each other under one budget: which runs, one process each, and what they amount to."""
