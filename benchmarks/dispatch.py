@@ -149,9 +149,6 @@ def times_table(result: dict) -> str:
 
 
 def report(args: argparse.Namespace, result: dict) -> str:
-    flags = " ".join(
-        f"--{key} '{value}'" if key == "link" else f"--{key} {value}" for key, value in given(args).items()
-    )
     least = [["unit", "least MB, both directions"]]
     least += [[unit, f"{value / 1e6:.2f}"] for unit, value in result["least"].items()]
     peers = {k: v for k, v in result["equality"].items() if k != WEIGHTS}
@@ -163,7 +160,7 @@ def report(args: argparse.Namespace, result: dict) -> str:
             f"r {args.rank}, top-{args.k}; "
             f"{args.dtype}; forward and backward with all gradients, frozen layer included; {args.rounds} rounds"
             f"{f'; link: {args.link}' if args.link else ''}. "
-            f"Reproduce: `python benchmarks/dispatch.py{' ' + flags if flags else ''}`.",
+            f"Reproduce: `python benchmarks/dispatch.py{harness.flags(args, parse([]))}`.",
             f"{harness.machine()}. {', '.join(f'{k} {v}' for k, v in versions().items())}.",
             times_table(result),
             "Ratios are medians over rounds of the ratio within a round (quartiles). Bytes are those sent to other "
@@ -186,12 +183,6 @@ def report(args: argparse.Namespace, result: dict) -> str:
 def name_of(args: argparse.Namespace) -> str:
     """Of the files written."""
     return "dispatch_slow_link" if args.link else "dispatch"
-
-
-def given(args: argparse.Namespace) -> dict:
-    """Flags that differ from their defaults."""
-    defaults = parse([])
-    return {k: v for k, v in vars(args).items() if v != getattr(defaults, k) and k != "output"}
 
 
 def plot(result: dict, path: Path) -> None:

@@ -6,12 +6,14 @@ take turns within each round, in changing order, and a ratio is the median over 
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import gc
 import json
 import os
 import platform
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -111,6 +113,16 @@ def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+def flags(args: argparse.Namespace, defaults: argparse.Namespace) -> str:
+    """What was given on the command line, as it is typed, but for where the output goes."""
+
+    def typed(value: object) -> str:
+        return shlex.join(map(str, value if isinstance(value, list) else [value]))
+
+    changed = {k: v for k, v in vars(args).items() if v != getattr(defaults, k) and k != "output"}
+    return "".join(f" --no-{k}" if v is False else f" --{k} {typed(v)}" for k, v in changed.items())
 
 
 def table(rows: list[list[str]]) -> str:

@@ -17,6 +17,7 @@ import ctypes
 import gc
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,9 +54,9 @@ def measure(device: torch.device, args: argparse.Namespace) -> dict:
         sizes = Sizes(tokens, args.in_features, args.out_features, e, r, k, dtype)
         weights = Weights.make(sizes, topology.rank, device)
         steps = {name: layout_step(name, weights, sizes, topology) for name in LAYOUTS}
-        begin = time.perf_counter()
-        memory = {name: (step.held + peak_of(step.run)) / 2**20 for name, step in steps.items()}
-        took = torch.tensor([time.perf_counter() - begin], device=device)
+        peaks = {name: peak_of(step.run) for name, step in steps.items()}
+        memory = {name: (step.held + peaks[name][0]) / 2**20 for name, step in steps.items()}
+        took = torch.tensor([sum(seconds for _, seconds in peaks.values())], device=device)
         dist.all_reduce(took, op=dist.ReduceOp.MAX)
         rounds = max(args.least_rounds, min(args.rounds, int(args.seconds / took.item())))
         runs = {name: step.run for name, step in steps.items()}
@@ -76,15 +77,17 @@ def measure(device: torch.device, args: argparse.Namespace) -> dict:
     return {"link": vars(link), "cells": found}
 
 
-def peak_of(run) -> int:
-    """Peak of one step above what is held before it, with memory that was freed given back first."""
+def peak_of(run: Callable[[], object]) -> tuple[int, float]:
+    """Peak of one step above what is held before it, with memory that was freed given back first; and its seconds."""
     gc.collect()
     if not torch.cuda.is_initialized() and sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
     with harness.PeakMemory() as memory:
+        begin = time.perf_counter()
         run()
         harness.synchronize()
-    return memory.bytes
+        seconds = time.perf_counter() - begin
+    return memory.bytes, seconds
 
 
 def merge(results: list[dict]) -> dict:
@@ -137,14 +140,17 @@ def judge(found: list[dict]) -> dict:
 
 def report(args: argparse.Namespace, result: dict) -> str:
     link, verdict = result["link"], judge(result["cells"])
+    rounds = [len(cell["seconds"][TOKENS]) for cell in result["cells"]]
     parts = [
         "# Where what pays",
         f"One adapted layer, D {args.in_features}, O {args.out_features}, top-{args.k}, {args.dtype}, {args.ranks} "
         f"ranks ({'NCCL' if args.device == 'cuda' else 'gloo, one thread each'}); forward, backward and gradient "
-        "synchronisation, frozen layer included. Reproduce: `python benchmarks/layer.py`.",
+        "synchronisation, frozen layer included. Reproduce: "
+        f"`python benchmarks/layer.py{harness.flags(args, parse([]))}`.",
         f"{harness.machine()}. {', '.join(f'{k} {v}' for k, v in versions().items())}.",
         cells_table(result["cells"]),
-        "Times: median (quartiles) over rounds, slowest rank. Memory: experts held, and the peak of a step above.",
+        f"Times: median (quartiles) over {min(rounds)} to {max(rounds)} rounds, slowest rank. Memory: experts held, "
+        "and the peak of a step above.",
         f"`auto` (measured at the start: {', '.join(f'{k} {v:.3g}' for k, v in link.items())}) picks the faster of "
         f"tokens and weights in {verdict['right']} of {verdict['cells']} cells where they differ by more than 20 %.",
     ]
