@@ -98,9 +98,12 @@ def measure(device: torch.device, args: argparse.Namespace) -> dict:
         sent[name] = {way: sum(n for (d, _), n in counted.items() if d == way) for way in ("forward", "backward")}
     steps = {name: lambda layer=layer: layer.step(weights.x, weights.cotangent) for name, layer in layers.items()}
     seconds = harness.interleaved(steps, args.rounds, args.warmup, before=dist.barrier)
+    # The least of three: other threads' buffers come and go.
+    memory = {name: min(harness.peak_of(step)[0] for _ in range(3)) / 2**20 for name, step in steps.items()}
     spans = spans_of_step(layers[TOKENS], weights.x, weights.cotangent)
     return {
         "spans": spans,
+        "memory": memory,
         "equality": equality,
         "bytes": sent,
         "least": least_bytes(weights, sizes, topology.ep_size, topology.ep_rank),
@@ -121,6 +124,7 @@ def merge(results: list[dict]) -> dict:
         "bytes": {
             n: {way: sum(r["bytes"][n][way] for r in results) / ranks for way in ("forward", "backward")} for n in names
         },
+        "memory": {n: max(r["memory"][n] for r in results) for n in names},
         "least": results[0]["least"],
         "spans": results[0]["spans"],
     }
@@ -129,7 +133,7 @@ def merge(results: list[dict]) -> dict:
 def times_table(result: dict) -> str:
     seconds, sent = result["seconds"], result["bytes"]
     head = ["layer", "ms: median (quartiles)", "it / ours, tokens", "bar"]
-    rows = [[*head, "MB sent forward", "backward", "bytes / ours"]]
+    rows = [[*head, "MB sent forward", "backward", "bytes / ours", "peak MB"]]
     ours = sum(sent[TOKENS].values())
     for name, values in seconds.items():
         middle, low, high = (1e3 * v for v in harness.spread(values))
@@ -143,6 +147,7 @@ def times_table(result: dict) -> str:
                 ", ".join(bars),
                 *(f"{sent[name][way] / 1e6:.2f}" for way in ("forward", "backward")),
                 f"{sum(sent[name].values()) / ours:.2f}",
+                f"{result['memory'][name]:.0f}",
             ]
         )
     return harness.table(rows)
@@ -164,7 +169,7 @@ def report(args: argparse.Namespace, result: dict) -> str:
             f"{harness.machine()}. {', '.join(f'{k} {v}' for k, v in versions().items())}.",
             times_table(result),
             "Ratios are medians over rounds of the ratio within a round (quartiles). Bytes are those sent to other "
-            "ranks, measured, mean over ranks.",
+            "ranks, measured, mean over ranks. Peak memory of a step is above what is held before it.",
             harness.table(least),
             "What a rank must send at least with this routing: token and result, and the gradients of both; the "
             "weights and their gradients; the gradients of replicated experts.",

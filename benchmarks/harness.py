@@ -7,6 +7,7 @@ take turns within each round, in changing order, and a ratio is the median over 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import gc
 import json
@@ -91,6 +92,22 @@ class PeakMemory:
     def _resident(field: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def peak_of(run: Callable[[], object]) -> tuple[int, float]:
+    """Peak of ``run`` above what is held before it, with memory that was freed given back first; and its seconds.
+
+    For tensors of many MB this needs no process of its own.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+    with PeakMemory() as memory:
+        begin = time.perf_counter()
+        run()
+        synchronize()
+        seconds = time.perf_counter() - begin
+    return memory.bytes, seconds
 
 
 def in_own_process(script: Path, *arguments: str) -> dict:

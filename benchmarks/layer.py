@@ -13,11 +13,7 @@ what `--expert_dispatch auto` would pick in each cell, and dense against grouped
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +50,7 @@ def measure(device: torch.device, args: argparse.Namespace) -> dict:
         sizes = Sizes(tokens, args.in_features, args.out_features, e, r, k, dtype)
         weights = Weights.make(sizes, topology.rank, device)
         steps = {name: layout_step(name, weights, sizes, topology) for name in LAYOUTS}
-        peaks = {name: peak_of(step.run) for name, step in steps.items()}
+        peaks = {name: harness.peak_of(step.run) for name, step in steps.items()}
         memory = {name: (step.held + peaks[name][0]) / 2**20 for name, step in steps.items()}
         took = torch.tensor([sum(seconds for _, seconds in peaks.values())], device=device)
         dist.all_reduce(took, op=dist.ReduceOp.MAX)
@@ -75,19 +71,6 @@ def measure(device: torch.device, args: argparse.Namespace) -> dict:
         if topology.rank == 0:
             print(cell_line(found[-1]), flush=True)
     return {"link": vars(link), "cells": found}
-
-
-def peak_of(run: Callable[[], object]) -> tuple[int, float]:
-    """Peak of one step above what is held before it, with memory that was freed given back first; and its seconds."""
-    gc.collect()
-    if not torch.cuda.is_initialized() and sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
-    with harness.PeakMemory() as memory:
-        begin = time.perf_counter()
-        run()
-        harness.synchronize()
-        seconds = time.perf_counter() - begin
-    return memory.bytes, seconds
 
 
 def merge(results: list[dict]) -> dict:
