@@ -23,6 +23,7 @@ import harness  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from expert_layers import (  # noqa: E402
+    AT_ONCE,
     DEEPSPEED,
     FROZEN,
     PER_EXPERT,
@@ -34,7 +35,8 @@ from expert_layers import (  # noqa: E402
     expert_group,
     formulations,
 )
-from ranks import counting_bytes, on_ranks  # noqa: E402
+from ranks import counting_bytes, on_ranks, within_slow_link  # noqa: E402
+from traveling import plot_spans, spans_of_step  # noqa: E402
 
 from ldmole_ds.training.run_record import git_revision, versions  # noqa: E402
 
@@ -96,7 +98,12 @@ def measure(device: torch.device, args: argparse.Namespace) -> dict:
         sent[name] = {way: sum(n for (d, _), n in counted.items() if d == way) for way in ("forward", "backward")}
     steps = {name: lambda layer=layer: layer.step(weights.x, weights.cotangent) for name, layer in layers.items()}
     seconds = harness.interleaved(steps, args.rounds, args.warmup, before=dist.barrier)
+    # The least of three: other threads' buffers come and go.
+    memory = {name: min(harness.peak_of(step)[0] for _ in range(3)) / 2**20 for name, step in steps.items()}
+    spans = spans_of_step(layers[TOKENS], weights.x, weights.cotangent)
     return {
+        "spans": spans,
+        "memory": memory,
         "equality": equality,
         "bytes": sent,
         "least": least_bytes(weights, sizes, topology.ep_size, topology.ep_rank),
@@ -117,14 +124,16 @@ def merge(results: list[dict]) -> dict:
         "bytes": {
             n: {way: sum(r["bytes"][n][way] for r in results) / ranks for way in ("forward", "backward")} for n in names
         },
+        "memory": {n: max(r["memory"][n] for r in results) for n in names},
         "least": results[0]["least"],
+        "spans": results[0]["spans"],
     }
 
 
 def times_table(result: dict) -> str:
     seconds, sent = result["seconds"], result["bytes"]
     head = ["layer", "ms: median (quartiles)", "it / ours, tokens", "bar"]
-    rows = [[*head, "MB sent forward", "backward", "bytes / ours"]]
+    rows = [[*head, "MB sent forward", "backward", "bytes / ours", "peak MB"]]
     ours = sum(sent[TOKENS].values())
     for name, values in seconds.items():
         middle, low, high = (1e3 * v for v in harness.spread(values))
@@ -138,13 +147,13 @@ def times_table(result: dict) -> str:
                 ", ".join(bars),
                 *(f"{sent[name][way] / 1e6:.2f}" for way in ("forward", "backward")),
                 f"{sum(sent[name].values()) / ours:.2f}",
+                f"{result['memory'][name]:.0f}",
             ]
         )
     return harness.table(rows)
 
 
 def report(args: argparse.Namespace, result: dict) -> str:
-    flags = " ".join(f"--{key} {value}" for key, value in given(args).items())
     least = [["unit", "least MB, both directions"]]
     least += [[unit, f"{value / 1e6:.2f}"] for unit, value in result["least"].items()]
     peers = {k: v for k, v in result["equality"].items() if k != WEIGHTS}
@@ -154,28 +163,31 @@ def report(args: argparse.Namespace, result: dict) -> str:
             f"{args.ranks} ranks ({'NCCL' if args.device == 'cuda' else 'gloo, one thread each'}), "
             f"{args.tokens} tokens a rank, D {args.in_features}, O {args.out_features}, E {args.experts}, "
             f"r {args.rank}, top-{args.k}; "
-            f"{args.dtype}; forward and backward with all gradients, frozen layer included; {args.rounds} rounds. "
-            f"Reproduce: `python benchmarks/dispatch.py{' ' + flags if flags else ''}`.",
+            f"{args.dtype}; forward and backward with all gradients, frozen layer included; {args.rounds} rounds"
+            f"{f'; link: {args.link}' if args.link else ''}. "
+            f"Reproduce: `python benchmarks/dispatch.py{harness.flags(args, parse([]))}`.",
             f"{harness.machine()}. {', '.join(f'{k} {v}' for k, v in versions().items())}.",
             times_table(result),
             "Ratios are medians over rounds of the ratio within a round (quartiles). Bytes are those sent to other "
-            "ranks, measured, mean over ranks.",
+            "ranks, measured, mean over ranks. Peak memory of a step is above what is held before it.",
             harness.table(least),
             "What a rank must send at least with this routing: token and result, and the gradients of both; the "
             "weights and their gradients; the gradients of replicated experts.",
             "Same layer: output and every gradient within "
             + ", ".join(f"{value:.0e} ({name})" for name, value in peers.items())
             + " of ours in weights mode (norm-wise, worst tensor).",
-            "![times](dispatch.png)",
+            f"Overlap: without it ours takes {harness.ratio(result['seconds'], AT_ONCE, TOKENS)[0]:.2f} x as long. The "
+            "trace of one step:",
+            f"![times]({name_of(args)}.png)",
+            f"![trace]({name_of(args)}_trace.png)",
             "",
         ]
     )
 
 
-def given(args: argparse.Namespace) -> dict:
-    """Flags that differ from their defaults."""
-    defaults = parse([])
-    return {k: v for k, v in vars(args).items() if v != getattr(defaults, k) and k != "output"}
+def name_of(args: argparse.Namespace) -> str:
+    """Of the files written."""
+    return "dispatch_slow_link" if args.link else "dispatch"
 
 
 def plot(result: dict, path: Path) -> None:
@@ -212,6 +224,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--k", type=int, default=4, help="experts of a token")
     add("--rounds", type=int, default=40, help="timed rounds, each with every layer once")
     add("--warmup", type=int, default=5, help="rounds before them")
+    add(
+        "--link", default="", help="slow the ranks' link down, as `tc netem` says it: 'delay 1ms rate 5gbit' (root, tc)"
+    )
     add("--output", type=Path, default=None, help="folder of dispatch.md, .json and .png [benchmarks/results]")
     args = parser.parse_args(argv)
     if args.experts % args.ranks:
@@ -221,14 +236,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     args = parse(sys.argv[1:])
+    if args.link:
+        within_slow_link(args.link)
     if args.device == "cpu":
         torch.set_num_threads(1)
     result = merge(on_ranks(measure, args.ranks, args.device, args))
     values = {"setting": {k: v for k, v in vars(args).items() if k != "output"}, "machine": harness.machine()}
     values |= {"versions": versions(), "git_revision": git_revision(), **result}
-    folder = args.output or harness.RESULTS
-    harness.write("dispatch", report(args, result), values, folder)
-    plot(result, folder / "dispatch.png")
+    folder, name = args.output or harness.RESULTS, name_of(args)
+    harness.write(name, report(args, result), values, folder)
+    plot(result, folder / f"{name}.png")
+    plot_spans(result["spans"], folder / f"{name}_trace.png")
 
 
 if __name__ == "__main__":

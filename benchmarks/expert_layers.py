@@ -9,12 +9,14 @@ in_features, O out_features, E experts, e = E/P of them local, r rank.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from traveling import waiting_at_once
 
 from ldmole_ds.distributed import CommStats, ExpertParallel, build_dispatcher, expert_parallel
 from ldmole_ds.layers import AdaptedLinear, InputGroup, build_router
@@ -63,19 +65,21 @@ class Weights:
 
 @dataclass(frozen=True)
 class Formulation:
-    """A layer and where its gradients are: ``(E, D)``, ``(e, r, D)``, ``(e, r, O)``."""
+    """A layer, where its gradients are (``(E, D)``, ``(e, r, D)``, ``(e, r, O)``), and what a step runs within."""
 
     forward: Callable[[Tensor], Tensor]
     parameters: list[nn.Parameter]
     gradients: Callable[[], dict[str, Tensor]]
+    around: Callable[[], AbstractContextManager] = nullcontext
 
     def step(self, x: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """Forward and backward: the output and the gradient of ``x``."""
         for param in self.parameters:
             param.grad = None
         x = x.detach().requires_grad_()
-        y = self.forward(x)
-        y.backward(cotangent)
+        with self.around():
+            y = self.forward(x)
+            y.backward(cotangent)
         return y.detach(), x.grad
 
 
@@ -230,14 +234,17 @@ def _all_to_all(x: Tensor, input_splits: list[int], output_splits: list[int], gr
 
 
 FROZEN, TOKENS, WEIGHTS = "frozen linear", "ours, tokens", "ours, weights"
+AT_ONCE = "ours, tokens, no overlap"
 DEEPSPEED, PER_EXPERT = "DeepSpeed MoE", "per-(token, expert)"
 
 
 def formulations(weights: Weights, sizes: Sizes, topology: ExpertParallel) -> dict[str, Formulation]:
     """All of them, by the name in the table."""
+    tokens = ours(weights, sizes, topology, "tokens")
     made = {
         FROZEN: frozen(weights),
-        TOKENS: ours(weights, sizes, topology, "tokens"),
+        TOKENS: tokens,
+        AT_ONCE: replace(tokens, around=waiting_at_once),
         WEIGHTS: ours(weights, sizes, topology, "weights"),
         PER_EXPERT: per_expert(weights, sizes, topology),
     }

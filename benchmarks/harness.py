@@ -6,12 +6,15 @@ take turns within each round, in changing order, and a ratio is the median over 
 
 from __future__ import annotations
 
+import argparse
+import ctypes
 import datetime
 import gc
 import json
 import os
 import platform
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -91,6 +94,22 @@ class PeakMemory:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
+def peak_of(run: Callable[[], object]) -> tuple[int, float]:
+    """Peak of ``run`` above what is held before it, with memory that was freed given back first; and its seconds.
+
+    For tensors of many MB this needs no process of its own.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+    with PeakMemory() as memory:
+        begin = time.perf_counter()
+        run()
+        synchronize()
+        seconds = time.perf_counter() - begin
+    return memory.bytes, seconds
+
+
 def in_own_process(script: Path, *arguments: str) -> dict:
     """What ``script`` prints as its last line, JSON, run with these arguments."""
     command = [sys.executable, str(script), *arguments]
@@ -111,6 +130,16 @@ def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+def flags(args: argparse.Namespace, defaults: argparse.Namespace) -> str:
+    """What was given on the command line, as it is typed, but for where the output goes."""
+
+    def typed(value: object) -> str:
+        return shlex.join(map(str, value if isinstance(value, list) else [value]))
+
+    changed = {k: v for k, v in vars(args).items() if v != getattr(defaults, k) and k != "output"}
+    return "".join(f" --no-{k}" if v is False else f" --{k} {typed(v)}" for k, v in changed.items())
 
 
 def table(rows: list[list[str]]) -> str:

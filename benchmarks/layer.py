@@ -13,10 +13,7 @@ what `--expert_dispatch auto` would pick in each cell, and dense against grouped
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,15 +44,15 @@ def cells(args: argparse.Namespace) -> list[tuple[int, int, int]]:
 def measure(device: torch.device, args: argparse.Namespace) -> dict:
     """On a rank: the link, and of each cell the seconds by layout, the memory, and what auto picks."""
     topology, found = expert_group(), []
-    link = measure_link(topology, device)
+    link = measure_link(topology, device, getattr(torch, args.dtype).itemsize)
     for e, r, tokens in cells(args):
         dtype, k = getattr(torch, args.dtype), min(args.k, e)
         sizes = Sizes(tokens, args.in_features, args.out_features, e, r, k, dtype)
         weights = Weights.make(sizes, topology.rank, device)
         steps = {name: layout_step(name, weights, sizes, topology) for name in LAYOUTS}
-        begin = time.perf_counter()
-        memory = {name: (step.held + peak_of(step.run)) / 2**20 for name, step in steps.items()}
-        took = torch.tensor([time.perf_counter() - begin], device=device)
+        peaks = {name: harness.peak_of(step.run) for name, step in steps.items()}
+        memory = {name: (step.held + peaks[name][0]) / 2**20 for name, step in steps.items()}
+        took = torch.tensor([sum(seconds for _, seconds in peaks.values())], device=device)
         dist.all_reduce(took, op=dist.ReduceOp.MAX)
         rounds = max(args.least_rounds, min(args.rounds, int(args.seconds / took.item())))
         runs = {name: step.run for name, step in steps.items()}
@@ -74,17 +71,6 @@ def measure(device: torch.device, args: argparse.Namespace) -> dict:
         if topology.rank == 0:
             print(cell_line(found[-1]), flush=True)
     return {"link": vars(link), "cells": found}
-
-
-def peak_of(run) -> int:
-    """Peak of one step above what is held before it, with memory that was freed given back first."""
-    gc.collect()
-    if not torch.cuda.is_initialized() and sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
-    with harness.PeakMemory() as memory:
-        run()
-        harness.synchronize()
-    return memory.bytes
 
 
 def merge(results: list[dict]) -> dict:
@@ -137,14 +123,17 @@ def judge(found: list[dict]) -> dict:
 
 def report(args: argparse.Namespace, result: dict) -> str:
     link, verdict = result["link"], judge(result["cells"])
+    rounds = [len(cell["seconds"][TOKENS]) for cell in result["cells"]]
     parts = [
         "# Where what pays",
         f"One adapted layer, D {args.in_features}, O {args.out_features}, top-{args.k}, {args.dtype}, {args.ranks} "
         f"ranks ({'NCCL' if args.device == 'cuda' else 'gloo, one thread each'}); forward, backward and gradient "
-        "synchronisation, frozen layer included. Reproduce: `python benchmarks/layer.py`.",
+        "synchronisation, frozen layer included. Reproduce: "
+        f"`python benchmarks/layer.py{harness.flags(args, parse([]))}`.",
         f"{harness.machine()}. {', '.join(f'{k} {v}' for k, v in versions().items())}.",
         cells_table(result["cells"]),
-        "Times: median (quartiles) over rounds, slowest rank. Memory: experts held, and the peak of a step above.",
+        f"Times: median (quartiles) over {min(rounds)} to {max(rounds)} rounds, slowest rank. Memory: experts held, "
+        "and the peak of a step above.",
         f"`auto` (measured at the start: {', '.join(f'{k} {v:.3g}' for k, v in link.items())}) picks the faster of "
         f"tokens and weights in {verdict['right']} of {verdict['cells']} cells where they differ by more than 20 %.",
     ]

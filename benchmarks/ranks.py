@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -59,6 +60,15 @@ def _run_rank(rank: int, world_size: int, device: str, folder: str, fn: Callable
     torch.save(fn(own, *args), Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def within_slow_link(qdisc: str) -> None:
+    """Start this program anew in a network of its own, whose link has this queueing discipline (``tc``, as root)."""
+    if os.environ.get("SLOW_LINK") == qdisc:
+        return
+    os.environ["SLOW_LINK"] = qdisc
+    setup = f'ip link set lo up && tc qdisc add dev lo root {qdisc} && exec "$@"'
+    os.execvp("unshare", ["unshare", "--net", "sh", "-c", setup, "sh", sys.executable, *sys.argv])
 
 
 @contextmanager

@@ -4,32 +4,43 @@ Sent by one rank, forward and backward of one micro-step, with T tokens per rank
 a group of G projections that read D values and write O in sum:
 
     tokens     5 exchanges, 2 T f (D + G E/P + O) values       f = remote ranks that a token visits, on average
+               products of T (1 + f) tokens with E/P experts
     weights    2 collectives, (1 + 1/accumulation) (P - 1) (E/P) r (G D + O) values
+               products of T tokens with E experts
 
-A collective takes a latency plus its bytes over the bandwidth; both are measured on the link at the start and broadcast
-from rank 0, so that every rank decides alike. The expert products are the same work either way. `tokens_phases` and
-`weights_phases` name the collectives as `CommStats` counts them; the planner (`ldmole_ds.planner`) uses them too.
+A collective takes a latency plus its bytes over the bandwidth, a product its operations over their speed; all three are
+measured at the start and broadcast from rank 0, so that every rank decides alike. `tokens_phases` and `weights_phases`
+name the collectives as `CommStats` counts them; the planner (`ldmole_ds.planner`) uses them too.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ldmole_ds.distributed.topology import ExpertParallel
 
 _PROBE_BYTES, _PROBE_ROUNDS = 1 << 20, 5
+# Tokens, width and stacked ranks of the product whose speed is measured: as skinny as the experts' are.
+_PROBE_PRODUCT = (2048, 1024, 128)
 
 
 @dataclass(frozen=True)
 class Link:
-    """What a collective of the EP group costs: ``latency`` in seconds, ``bandwidth`` in bytes per second and rank."""
+    """What a collective of the EP group costs: ``latency`` in seconds, ``bandwidth`` in bytes per second and rank.
+
+    ``flops`` is the speed of the expert products beside it, in operations per second; infinite: they are not weighed.
+    """
 
     latency: float
     bandwidth: float
+    flops: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Choice:
-    """The decision for a group, with what it rests on: seconds and bytes of a micro-step for both."""
+    """The decision for a group, with what it rests on: seconds, products included, and bytes of a micro-step."""
 
     mode: str
     tokens_seconds: float
@@ -60,23 +71,38 @@ class Choice:
     weights_bytes: float
 
 
-def measure_link(topology: ExpertParallel, device: torch.device) -> Link:
-    """Latency and bandwidth of an all-to-all in the EP group: medians, those of rank 0 for everyone. Collective."""
+def measure_link(topology: ExpertParallel, device: torch.device, itemsize: int = 4) -> Link:
+    """Latency and bandwidth of an all-to-all in the EP group, and the speed of a product. Collective.
 
-    def median_seconds(num_bytes: int) -> float:
-        out = torch.empty(num_bytes // 4 // topology.ep_size * topology.ep_size, device=device)
-        data, times = torch.zeros_like(out), []
+    Medians, those of rank 0 for everyone. ``itemsize`` says whether products are in float32 (4) or bfloat16 (2).
+    """
+
+    def median_seconds(run: Callable[[], Tensor]) -> float:
+        times = []
         for _ in range(_PROBE_ROUNDS + 1):
             begin = time.perf_counter()
-            dist.all_to_all_single(out, data, group=topology.ep_group)
-            out[:1].cpu()  # wait for the device
+            run().flatten()[:1].cpu()  # wait for the device
             times.append(time.perf_counter() - begin)
         return sorted(times[1:])[_PROBE_ROUNDS // 2]
 
-    latency = median_seconds(4 * topology.ep_size)
-    seconds = max(median_seconds(_PROBE_BYTES) - latency, 1e-9)
+    def exchange_seconds(num_bytes: int) -> float:
+        out = torch.empty(num_bytes // 4 // topology.ep_size * topology.ep_size, device=device)
+        data = torch.zeros_like(out)
+
+        def exchange() -> Tensor:
+            dist.all_to_all_single(out, data, group=topology.ep_group)
+            return out
+
+        return median_seconds(exchange)
+
+    latency = exchange_seconds(4 * topology.ep_size)
+    seconds = max(exchange_seconds(_PROBE_BYTES) - latency, 1e-9)
     sent = _PROBE_BYTES * (topology.ep_size - 1) / topology.ep_size
-    figures = torch.tensor([latency, sent / seconds], dtype=torch.float64, device=device)
+    tokens, width, ranks = _PROBE_PRODUCT
+    dtype = torch.bfloat16 if itemsize == 2 else torch.float32
+    x, weight = (torch.zeros(rows, width, device=device, dtype=dtype) for rows in (tokens, ranks))
+    flops = 2 * math.prod(_PROBE_PRODUCT) / median_seconds(lambda: x @ weight.t())
+    figures = torch.tensor([latency, sent / seconds, flops], dtype=torch.float64, device=device)
     dist.broadcast(figures, src=0)
     return Link(*figures.tolist())
 
@@ -161,7 +187,10 @@ def choose_dispatch(
     tokens = tokens_phases(rows, rows, itemsize=workload.itemsize, **sizes)
     weights = weights_phases(r=r, itemsize=workload.itemsize, accumulation_steps=workload.accumulation_steps, **sizes)
     tokens_bytes, weights_bytes = (sum(phase.bytes for phase in phases.values()) for phases in (tokens, weights))
-    tokens_seconds, weights_seconds = phases_seconds(tokens, link), phases_seconds(weights, link)
+    # Two operations for each value of the weights, forward and twice that backward.
+    per_row = 6 * num_experts * r * (len(out_features) * in_features + sum(out_features))
+    tokens_seconds = phases_seconds(tokens, link) + (workload.tokens + rows) * per_row / ep_size / link.flops
+    weights_seconds = phases_seconds(weights, link) + workload.tokens * per_row / link.flops
     mode = "tokens" if tokens_seconds < weights_seconds else "weights"
     return Choice(mode, tokens_seconds, weights_seconds, tokens_bytes, weights_bytes)
 
@@ -178,5 +207,6 @@ def explain(choices: list[Choice], workload: Workload, link: Link) -> str:
         f"micro-step of {workload.tokens} tokens per rank with {workload.active_experts:g} experts in use: tokens "
         f"{total('tokens_bytes') / 1e6:.1f} MB in {total('tokens_seconds') * 1e3:.1f} ms, weights "
         f"{total('weights_bytes') / 1e6:.1f} MB in {total('weights_seconds') * 1e3:.1f} ms "
-        f"(link: {link.latency * 1e6:.0f} us, {link.bandwidth / 1e9:.2f} GB/s)"
+        f"(link: {link.latency * 1e6:.0f} us, {link.bandwidth / 1e9:.2f} GB/s; experts' products at "
+        f"{link.flops / 1e9:.0f} GFLOPS)"
     )

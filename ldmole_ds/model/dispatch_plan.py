@@ -70,7 +70,7 @@ def plan_dispatch(
     if settings.mode == "auto":
         modes, text = ["tokens"] * len(shapes), "auto: no experts are partitioned, so nothing moves"
         if partitioned:
-            link = measure_link(topology, device)
+            link = measure_link(topology, device, itemsize)
             workload = Workload(
                 settings.tokens_per_rank, expected_experts(config), settings.accumulation_steps, itemsize
             )

@@ -95,6 +95,21 @@ def test_a_slow_start_of_collectives_favours_the_one_with_fewer():
     assert fast.mode == "tokens" and slow.mode == "weights"
 
 
+def test_tokens_that_visit_few_ranks_meet_fewer_experts():
+    """On 8 ranks with 2 of 8 experts in use a token meets about 2 experts instead of 8."""
+    sizes = {**SIZES, "ep_size": 8, "out_features": [576]}
+    workload = Workload(tokens=4096, active_experts=2)
+    link, slow = Link(50e-6, 1e9), Link(50e-6, 1e9, flops=1e9)
+    assert (choose_dispatch(workload, link, **sizes).mode, choose_dispatch(workload, slow, **sizes).mode) == (
+        "weights",
+        "tokens",
+    )
+    same = choose_dispatch(workload, slow, **{**sizes, "ep_size": 2, "num_experts": 64, "out_features": [576] * 3})
+    without = choose_dispatch(workload, link, **{**sizes, "ep_size": 2, "num_experts": 64, "out_features": [576] * 3})
+    products = 6 * 4096 * 64 * 8 * (3 * 576 + 3 * 576) / 1e9
+    assert same.weights_seconds - without.weights_seconds == pytest.approx(products)
+
+
 def test_bytes_are_those_of_the_formula():
     choice = choose_dispatch(Workload(tokens=10, active_experts=8, accumulation_steps=2), Link(0.0, 1e6), **SIZES)
     assert choice.tokens_bytes == 2 * 10 * 1 * (576 + 3 * 4 + 960) * 4 + 2 * 8
