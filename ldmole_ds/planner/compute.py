@@ -9,9 +9,9 @@ from ldmole_ds.planner.layout import Batch, Layout, Precision, Routing
 from ldmole_ds.planner.model_shape import ModelShape
 from ldmole_ds.planner.trace import StepTrace, op_seconds
 
-# AdamW reads weight, gradient and two moments and writes three of them; the engine copies the gradient in and the
-# weight out: values moved per parameter.
-_OPTIMIZER_VALUES = 11
+# Values moved per parameter: AdamW by operations on whole tensors, about ten of them (21), and the engine's copies of the
+# gradient, its norm, clipping, and the copy of the weight (9).
+_OPTIMIZER_VALUES = 30
 # Operations of DeepSpeed's engine for each trainable tensor: hooks, copies into buckets, norms, updates. Measured with
 # version 0.19 (benchmarks/plan_accuracy.py, small); an asynchronous device does not wait for them.
 _ENGINE_OPS = 25

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -83,7 +83,7 @@ def op_seconds(device: Device, half: bool, flops: float, num_bytes: float) -> fl
 
 
 class _Recorder(TorchDispatchMode):
-    """Fills a `Trace`; answers questions that depend on data with 0."""
+    """Fills a `Trace`; answers questions that depend on data, where there is none, with 0."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class _Recorder(TorchDispatchMode):
             self._sizes[id(tensor.untyped_storage())] = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is _aten._local_scalar_dense.default:
+        if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 0
         out = func(*args, **(kwargs or {}))
         if func.namespace != "aten":
