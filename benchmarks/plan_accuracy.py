@@ -156,8 +156,8 @@ def measure_case(case: Case) -> dict:
     rows: dict[str, list[tuple[int, int]]] = {group.name: [] for group in model.input_groups}
     plan = AllToAllTokenDispatcher.plan
 
-    def watched_plan(self, probs, channel):
-        found = plan(self, probs, channel)
+    def watched_plan(self, probs, channel, *rest):
+        found = plan(self, probs, channel, *rest)
         rows[channel.layer].append((sum(found.input_splits), sum(found.output_splits)))
         return found
 

@@ -9,7 +9,7 @@ from ldmole_ds.planner.layout import Batch, Layout, Precision, Routing
 from ldmole_ds.planner.model_shape import ModelShape
 from ldmole_ds.planner.trace import StepTrace, op_seconds
 
-# Values moved per parameter: AdamW by operations on whole tensors, about ten of them (21), and the engine's copies of the
+# Values moved per parameter: AdamW as about ten operations on whole tensors (21), and the engine's copies of the
 # gradient, its norm, clipping, and the copy of the weight (9).
 _OPTIMIZER_VALUES = 30
 # Operations of DeepSpeed's engine for each trainable tensor: hooks, copies into buckets, norms, updates. Measured with

@@ -34,8 +34,8 @@ def count(rank: int, world_size: int) -> list[dict]:
             model.gradient_checkpointing_enable()
         rows = {group.name: [0, 0] for group in model.input_groups}
 
-        def watched(self, probs, channel, rows=rows):
-            found = plan(self, probs, channel)
+        def watched(self, probs, channel, *rest, rows=rows):
+            found = plan(self, probs, channel, *rest)
             rows[channel.layer][0] += sum(found.input_splits)
             rows[channel.layer][1] += sum(found.output_splits)
             return found
