@@ -83,7 +83,7 @@ def op_seconds(device: Device, half: bool, flops: float, num_bytes: float) -> fl
 
 
 class _Recorder(TorchDispatchMode):
-    """Fills a `Trace`; answers questions that depend on data, where there is none, with 0."""
+    """Fills a `Trace`; answers questions that depend on data with no, and sizes of fake tensors with 0."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class _Recorder(TorchDispatchMode):
             self._sizes[id(tensor.untyped_storage())] = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+        if func is _aten._local_scalar_dense.default and _has_no_answer(args[0]):
             return 0
         out = func(*args, **(kwargs or {}))
         if func.namespace != "aten":
@@ -120,6 +120,10 @@ class _Recorder(TorchDispatchMode):
 
     def _drop(self, key: int) -> None:
         self._live -= self._sizes.pop(key)
+
+
+def _has_no_answer(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) or tensor.dtype == torch.bool
 
 
 def _flops(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
