@@ -139,11 +139,13 @@ def measure_case(case: Case) -> dict:
 
     hf_config, adapter, micro, length = MODELS[case.model]
     layout, batch = case.layout, case.batch()
+    torch.manual_seed(0)  # the engine takes rank 0's base: all must route the traced step with it
+    base = build_base(hf_config)
     torch.manual_seed(dist.get_rank())
     ids = [torch.randint(0, hf_config.vocab_size, (micro, length)) for _ in range(batch.accumulation)]
     memory_before = _resident()
     model = get_ldmole_model(
-        build_base(hf_config),
+        base,
         adapter,
         0,
         layout.ep_size,
@@ -175,8 +177,10 @@ def measure_case(case: Case) -> dict:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    # A rate of zero: routing stays that of the traced step, while every step does all its work.
-    optimizer = torch.optim.AdamW(ldmole_param_groups(model), lr=0.0)
+    # A rate of zero: routing stays that of the traced step, while every step does all its work. Gathered experts that did
+    # not change would not be gathered again, so these move a little.
+    rate = 1e-6 if layout.dispatch == "weights" else 0.0
+    optimizer = torch.optim.AdamW(ldmole_param_groups(model), lr=rate)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     times = []
     for _ in range(WARM + STEPS):
