@@ -177,8 +177,8 @@ def measure_case(case: Case) -> dict:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    # A rate of zero: routing stays that of the traced step, while every step does all its work. Gathered experts that did
-    # not change would not be gathered again, so these move a little.
+    # A rate of zero: routing stays that of the traced step, while every step does all its work. Gathered experts that
+    # did not change would not be gathered again, so these move a little.
     rate = 1e-6 if layout.dispatch == "weights" else 0.0
     optimizer = torch.optim.AdamW(ldmole_param_groups(model), lr=rate)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
