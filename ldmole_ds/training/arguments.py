@@ -255,12 +255,13 @@ def parse_flags(argv: list[str], demo_defaults: dict | None = None) -> Namespace
     """
     parser = build_parser(all_flags="--help_all" in argv)
     parser.error = raise_user_error
-    known = {action.dest for action in parser._actions}
+    known = {option.lstrip("-"): action.dest for action in parser._actions for option in action.option_strings}
     argv = [a for a in argv if not a.startswith("--local_rank")]
     if argv and not argv[0].startswith("-"):
         path = Path(argv[0])
         argv = [*as_argv(read_settings_file(path), known, path), *argv[1:]]
-    given = {a[2:].split("=")[0] for a in argv if a.startswith("--")}
+    flags = (a[2:].split("=")[0] for a in argv if a.startswith("--"))
+    given = {known.get(name, name) for name in flags}
     embedded = not given & {"train_file", "dataset_name", "validation_file", "task"}
     # --help shows the defaults that hold for one's own data.
     if embedded and demo_defaults and not {"-h", "--help", "--help_all"} & set(argv):

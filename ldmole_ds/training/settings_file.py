@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import yaml
@@ -24,7 +25,7 @@ def read_settings_file(path: Path) -> dict:
     return values
 
 
-def as_argv(values: dict, known: set[str], path: Path) -> list[str]:
+def as_argv(values: dict, known: Collection[str], path: Path) -> list[str]:
     """The settings as command-line flags.
 
     Raises:

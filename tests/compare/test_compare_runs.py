@@ -7,6 +7,7 @@ import signal
 import stat
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -151,7 +152,13 @@ def test_runs_beside_each_other_have_a_gpu_each(compare, monkeypatch):
 def test_stopped_and_gone_on_with(compare, monkeypatch):
     """SIGTERM ends the runs; what was done stays done, and the rest runs later."""
     monkeypatch.setenv("FAKE_SLEEP", "0.5")
-    threading.Timer(1.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    def stop_when_the_third_begins():  # of two at a time: one is done then
+        while len(compare.log()) < 3:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_when_the_third_begins, daemon=True).start()
     _, failures, page = compare(*ONE_RATE, "--parallel", "2")
     begun = compare.log()
     assert compare.stopped and failures == [] and "Incomplete" in page and 0 < len(begun) < 6

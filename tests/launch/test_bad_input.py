@@ -104,8 +104,8 @@ def test_an_engine_in_half_precision_is_asked_for_twice(flags, name):
 
 
 def test_unknown_flags_and_settings_are_refused(tmp_path):
-    with pytest.raises(UserError, match="unknown argument --lora_r 8"):
-        parse_flags(["--lora_r", "8"])
+    with pytest.raises(UserError, match="unknown argument --lora_rank 8"):
+        parse_flags(["--lora_rank", "8"])
     path = tmp_path / "run.yaml"
     path.write_text("lora_alhpa: 8\n")
     with pytest.raises(UserError, match=r"run\.yaml: unknown setting 'lora_alhpa': did you mean lora_alpha"):
@@ -119,6 +119,8 @@ def test_a_settings_file_is_overridden_by_flags(tmp_path):
     path.write_text(json.dumps({"r": 4, "num_experts": 16, "target_modules": ["q_proj", "v_proj"], "bf16": True}))
     flags = parse_flags([str(path), "--r", "32"], {"num_experts": 2, "output_dir": "runs/demo"})
     assert (flags.r, flags.num_experts, flags.target_modules, flags.bf16) == (32, 16, ["q_proj", "v_proj"], True)
+    path.write_text("lora_r: 4\n")
+    assert parse_flags([str(path)]).r == 4
 
 
 def test_help_is_grouped_and_shows_defaults():
