@@ -1,6 +1,6 @@
 """How tokens meet their experts: the dispatchers' contract, and those that move tokens.
 
-    run(x_TD, probs_TGE, experts, layer) -> y_TO, or its factors for each projection
+    run(x_TD, probs_TGE, experts, layer) -> y_TO, or what adds it to each projection's output
 
 The result holds, for each token, the sum over *all* its experts of all G projections of an input group, wherever they
 live. The unit of dispatch is (token, destination rank), not (token, expert): a token travels once to each remote rank
@@ -15,7 +15,7 @@ e = E/P local experts, S rows sent, R rows received, O summed out_features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,7 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from ldmole_ds.distributed.all_to_all import Channel, CommStats, all_to_all, exchange_counts, largest_of
 from ldmole_ds.distributed.expert_exchange import DispatchPlan, RemoteExperts
 from ldmole_ds.distributed.topology import ExpertParallel
+from ldmole_ds.ops.expert_compute import choose_products
 from ldmole_ds.ops.fused_routing import destinations_of
+from ldmole_ds.ops.grouped_experts import GROUPED
+from ldmole_ds.ops.grouped_update import GroupedUpdate, Update
 from ldmole_ds.ops.lora_experts import lora_experts, lora_experts_reference
 from ldmole_ds.ops.low_rank_update import LowRankUpdate
 from ldmole_ds.ops.shared_input import shared_input
@@ -38,9 +41,9 @@ class ExpertWeights:
         lora_A: ``(G, e, r, D)``.
         lora_B: G times ``(e, r, O_g)``.
         scaling: ``lora_alpha / r``.
-        low_rank: The caller takes `LowRankUpdate`s where the experts meet the tokens here: the sum in factors, which
-            it adds to the frozen projections' outputs without a tensor of their size.
-        h: ``x A^T``, G times ``(e * r, T)``, if the caller has computed it.
+        low_rank: The caller takes `Update`s where the experts meet the tokens here: the sum in parts, which it adds to
+            the frozen projections' outputs without a tensor of their size.
+        h: ``x A^T``, G times ``(e * r, T)``, if the caller has computed it (`may_be_grouped` said no).
     """
 
     lora_A: Tensor
@@ -64,21 +67,28 @@ def raise_non_finite(layer: str, ranks: list[int] | None = None) -> None:
     )
 
 
-def apply_experts(x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights) -> Tensor | list[LowRankUpdate]:
-    """All experts of these tokens are at hand: their sum ``(T, O)``, or its factors for each projection."""
+def apply_experts(x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights) -> Tensor | list[Update]:
+    """All experts of these tokens are at hand: their sum ``(T, O)``, or what adds it for each projection."""
     w_TGE = probs_TGE.to(x_TD.dtype)
-    if not experts.low_rank:
-        return lora_experts(x_TD, w_TGE, experts.lora_A, experts.lora_B, experts.scaling)
-    if experts.h is None:
-        h, _, _ = shared_input(x_TD, experts.lora_A, None, None)
-        experts = replace(experts, h=h)
-    return low_rank_updates(w_TGE, experts)
+    return expert_updates(x_TD, w_TGE, experts) if experts.low_rank else expert_sum(x_TD, w_TGE, experts)
 
 
-def low_rank_updates(w_TGe: Tensor, experts: ExpertWeights) -> list[LowRankUpdate]:
-    """The factors for each projection, from ``experts.h`` and the weights of these experts."""
-    factors = zip(experts.h, w_TGe.permute(1, 2, 0).unbind(0), experts.lora_B, strict=True)
-    return [LowRankUpdate(h_XT, p_eT, lora_B, experts.scaling) for h_XT, p_eT, lora_B in factors]
+def expert_sum(x_TD: Tensor, w_TGe: Tensor, experts: ExpertWeights) -> Tensor:
+    """The sum over these experts, ``(T, O)``."""
+    products = choose_products(w_TGe, experts.lora_A, experts.lora_B)
+    return lora_experts(x_TD, w_TGe, experts.lora_A, experts.lora_B, experts.scaling, products)
+
+
+def expert_updates(x_TD: Tensor, w_TGe: Tensor, experts: ExpertWeights) -> list[Update]:
+    """What adds the sum over these experts to each projection's output; dense for sure where ``experts.h`` is given."""
+    lora_A, lora_B, scaling, h = experts.lora_A, experts.lora_B, experts.scaling, experts.h
+    if h is None and choose_products(w_TGe, lora_A, lora_B) is GROUPED:
+        factors = zip(w_TGe.split(1, dim=1), lora_A.split(1), lora_B, strict=True)
+        return [GroupedUpdate(x_TD, w_T1e, A_1, B, scaling) for w_T1e, A_1, B in factors]
+    if h is None:
+        h, _, _ = shared_input(x_TD, lora_A, None, None)
+    factors = zip(h, w_TGe.permute(1, 2, 0).unbind(0), lora_B, strict=True)
+    return [LowRankUpdate(h_XT, p_eT, B, scaling) for h_XT, p_eT, B in factors]
 
 
 class LocalTokenDispatcher:
@@ -93,7 +103,7 @@ class LocalTokenDispatcher:
     def __init__(self, stats: CommStats | None = None) -> None:
         self.stats = stats or CommStats()
 
-    def run(self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, layer: str) -> Tensor | list[LowRankUpdate]:
+    def run(self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, layer: str) -> Tensor | list[Update]:
         """See the module docstring."""
         return apply_experts(x_TD, probs_TGE, experts)
 
@@ -160,7 +170,7 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
     ) -> Tensor:
         weights = (experts.lora_A, experts.lora_B)
         remote = RemoteExperts(x_TD, probs_TGE, plan, channel, experts.scaling, *weights)
-        y_TO = lora_experts(x_TD, self.own(probs_TGE).to(x_TD.dtype), *weights, experts.scaling)
+        y_TO = expert_sum(x_TD, self.own(probs_TGE).to(x_TD.dtype), experts)
         remote.compute()
         return remote.add_to([y_TO])[0]
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ldmole_ds.distributed.all_to_all import Channel, Exchange
-from ldmole_ds.ops.lora_experts import experts_forward, experts_input_gradients, experts_weight_gradients
+from ldmole_ds.ops.expert_compute import choose_products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,21 +106,23 @@ class _RemoteExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_RX, flight, need_x, scaling, lora_A, *lora_B):
         rows_RX, (g, e, _, d) = flight.receive(), lora_A.shape
-        y_RO, h = experts_forward(rows_RX[:, :d], rows_RX[:, d:].unflatten(1, (g, e)), lora_A, lora_B, scaling)
-        ctx.save_for_backward(rows_RX, h, lora_A, *lora_B)
-        ctx.flight, ctx.need_x, ctx.scaling = flight, need_x, scaling
+        w_RGe = rows_RX[:, d:].unflatten(1, (g, e))
+        products = choose_products(w_RGe, lora_A, lora_B)
+        y_RO, kept = products.forward(rows_RX[:, :d], w_RGe, lora_A, lora_B, scaling)
+        ctx.save_for_backward(rows_RX, lora_A, *lora_B, *kept)
+        ctx.flight, ctx.need_x, ctx.scaling, ctx.products = flight, need_x, scaling, products
         flight.send(y_RO, "combine")
         return y_RO
 
     @staticmethod
     def backward(ctx, _):
-        rows_RX, h, lora_A, *lora_B = ctx.saved_tensors
-        flight, (g, e, _, d) = ctx.flight, lora_A.shape
-        grad_RO, x_RD, w_RGe = flight.receive(), rows_RX[:, :d], rows_RX[:, d:].unflatten(1, (g, e))
+        rows_RX, lora_A, *rest = ctx.saved_tensors
+        flight, products, (g, e, _, d) = ctx.flight, ctx.products, lora_A.shape
+        grad_RO, lora_B, kept = flight.receive(), rest[:g], rest[g:]
         grad_RX = grad_RO.new_empty(grad_RO.shape[0], d * ctx.need_x + g * e)
         grad_x, grad_w = grad_RX.tensor_split([d * ctx.need_x], dim=1)
-        found_w, grad_h = experts_input_gradients(
-            grad_RO, w_RGe, h, lora_A, lora_B, ctx.scaling, grad_x if ctx.need_x else None
+        found_w, grad_h = products.input_gradients(
+            grad_RO, kept, lora_A, lora_B, ctx.scaling, grad_x if ctx.need_x else None
         )
         need_rows, *_, need_A = ctx.needs_input_grad[:5]
         grad_rows, grad_A, grad_B = None, None, [None] * len(lora_B)
@@ -129,7 +131,8 @@ class _RemoteExperts(torch.autograd.Function):
             flight.send(grad_RX, "dispatch_backward")
             grad_rows = rows_RX  # not read, but of the right shape
         if need_A or any(ctx.needs_input_grad[5:]):
-            grad_A, grad_B = experts_weight_gradients(grad_RO, x_RD, w_RGe, h, grad_h, lora_A, lora_B, ctx.scaling)
+            x_RD, weights = rows_RX[:, :d], (lora_A, lora_B, ctx.scaling)
+            grad_A, grad_B = products.weight_gradients(grad_RO, x_RD, kept, grad_h, *weights)
         return grad_rows, None, None, None, grad_A, *grad_B
 
 

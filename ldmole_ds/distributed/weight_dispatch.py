@@ -13,7 +13,7 @@ from ldmole_ds.distributed.dispatch import ExpertWeights, LocalTokenDispatcher, 
 from ldmole_ds.distributed.expert_gather import gather_experts, gather_flat, is_outdated
 from ldmole_ds.distributed.topology import ExpertParallel
 from ldmole_ds.distributed.zero import is_zero3_parameter
-from ldmole_ds.ops.low_rank_update import LowRankUpdate
+from ldmole_ds.ops.grouped_update import Update
 
 
 class WeightGatherDispatcher(LocalTokenDispatcher):
@@ -52,7 +52,7 @@ class WeightGatherDispatcher(LocalTokenDispatcher):
         if not self._keep:
             self._kept.clear()
 
-    def run(self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, layer: str) -> Tensor | list[LowRankUpdate]:
+    def run(self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, layer: str) -> Tensor | list[Update]:
         """See `ldmole_ds.distributed.dispatch`. One all-gather forward, one reduce-scatter backward."""
         channel = Channel(self.topology.ep_group, self.stats, layer)
         if self._keep and layer not in self._kept:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ldmole_ds.ops.low_rank_update import LowRankUpdate
+from ldmole_ds.ops.grouped_update import Update
 
 if TYPE_CHECKING:
     from ldmole_ds.layers.input_group import InputGroup
@@ -36,7 +36,7 @@ class AdaptedLinear(nn.Module):
         update = self.group.update_of(self.member, x)
         return self.add(update, self.base_layer(x))
 
-    def add(self, update: Tensor | LowRankUpdate, y: Tensor) -> Tensor:
+    def add(self, update: Tensor | Update, y: Tensor) -> Tensor:
         """The frozen layer's output ``y`` with the update, in place where nobody else has seen it."""
         if isinstance(update, Tensor):
             return y + update.to(y.dtype)  # they differ under autocast only

@@ -5,10 +5,7 @@ A Llama layer has four: q/k/v, o, gate/up, down. The group runs once; each membe
     x -> dropout -> logits of all members, lambda -> routing weights -> dispatch -> experts of all members -> combine
 
 How the members find each other. Hugging Face models call q, k and v one after another on the same tensor, or (under
-ZeRO-3) on different tensor objects over one storage. The first member always starts a new computation; each other
-member takes its slice once, after its input was checked to be the same memory in the same version. The first member's
-input is held until then, so its memory cannot have been reused. A mismatch raises: it never computes on the wrong
-tensor.
+ZeRO-3) on different tensor objects over one storage: `ldmole_ds.layers.member_results`.
 
 Where tokens travel, the first member also runs the frozen layers of all members while rows are on their way:
 
@@ -24,23 +21,24 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ldmole_ds.distributed import ExpertParallel, ExpertWeights, LocalTokenDispatcher
 from ldmole_ds.distributed.deepspeed_groups import mark_expert_parameter
-from ldmole_ds.distributed.dispatch import low_rank_updates
+from ldmole_ds.distributed.dispatch import expert_updates
 from ldmole_ds.distributed.expert_exchange import RemoteExperts
 from ldmole_ds.distributed.zero import is_zero3_parameter
 from ldmole_ds.layers.context import ContextHolder, ForwardContext, RoutingRecord, in_backward
 from ldmole_ds.layers.lambda_mlp import LambdaMLP
+from ldmole_ds.layers.member_results import MemberResults
 from ldmole_ds.layers.routers import Router
 from ldmole_ds.ops.dropout import dropout
+from ldmole_ds.ops.expert_compute import may_be_grouped
 from ldmole_ds.ops.fused_routing import RoutingSpec, fused_routing, uses_fused_routing
-from ldmole_ds.ops.low_rank_update import LowRankUpdate
+from ldmole_ds.ops.grouped_update import Update
 from ldmole_ds.ops.shared_input import shared_input
 
 
@@ -48,25 +46,6 @@ def seeded_generator(seed: int, *names: object) -> torch.Generator:
     """A generator that depends on the seed and the names only: not on rank, layout or the order of creation."""
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
-
-
-def _memory_key(x: Tensor) -> tuple | None:
-    """Equal for the same memory in the same version; None while ``torch.compile`` traces, which cannot look at it."""
-    if torch.compiler.is_compiling():
-        return None
-    version = -1 if x.is_inference() else x._version
-    grad_mode = torch.is_grad_enabled()
-    return (x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride(), x.dtype, version, grad_mode)
-
-
-@dataclass
-class _Pending:
-    """A result whose members have not all taken their slice: the input is kept alive, and its memory's key."""
-
-    x: Tensor
-    key: tuple | None
-    results: Sequence[Tensor | LowRankUpdate]
-    waiting: set[int]
 
 
 class InputGroup(nn.Module):
@@ -124,7 +103,7 @@ class InputGroup(nn.Module):
             self.lambda_mlp = lambda_mlp
         else:
             self.__dict__["lambda_mlp"] = lambda_mlp
-        self._pending: _Pending | None = None
+        self.results = MemberResults(self.members)
         # Filled by the adapted layers, which own their frozen layers: not registered here.
         self.__dict__["layers"] = [None] * len(members)
 
@@ -157,41 +136,19 @@ class InputGroup(nn.Module):
 
     def output_of(self, member: int, x: Tensor) -> Tensor:
         """``W x`` and the update for one member, ``(..., D) -> (..., O_g)``; `overlaps` only."""
-        return self._take(member, x, lambda: self(x, with_frozen=True))
+        return self.results.take(member, x, lambda: self(x, with_frozen=True))
 
-    def update_of(self, member: int, x: Tensor) -> Tensor | LowRankUpdate:
+    def update_of(self, member: int, x: Tensor) -> Tensor | Update:
         """The update for one member, as it is or in factors."""
         # ZeRO-3 holds lora_B together only while this module runs, and torch.compile fuses by itself.
         low_rank = not torch.compiler.is_compiling() and not is_zero3_parameter(self.lora_A)
-        return self._take(member, x, lambda: self(x, low_rank=low_rank))
-
-    def _take(
-        self, member: int, x: Tensor, run: Callable[[], Sequence[Tensor | LowRankUpdate]]
-    ) -> Tensor | LowRankUpdate:
-        """One member's result; runs the group for the first member that asks."""
-        pending = self._pending
-        if pending is None or member == 0:
-            results = run()
-            if len(self.members) > 1:
-                self._pending = _Pending(x, _memory_key(x), results, set(range(len(self.members))) - {member})
-            return results[member]
-        keys = {pending.key, _memory_key(x)}
-        if member not in pending.waiting or (len(keys) > 1 and None not in keys):
-            self._pending = None
-            raise RuntimeError(
-                f"{self.members[member]} was called on another input than {self.members[0]}, although both were found "
-                "to read the same tensor: set input_groups='single' (--input_groups single) for this model"
-            )
-        pending.waiting.discard(member)
-        if not pending.waiting:
-            self._pending = None
-        return pending.results[member]
+        return self.results.take(member, x, lambda: self(x, low_rank=low_rank))
 
     def clear(self) -> None:
         """Forget a result that not all members have taken (they need not all be called)."""
-        self._pending = None
+        self.results.pending = None
 
-    def forward(self, x: Tensor, low_rank: bool = False, with_frozen: bool = False) -> Sequence[Tensor | LowRankUpdate]:
+    def forward(self, x: Tensor, low_rank: bool = False, with_frozen: bool = False) -> Sequence[Tensor | Update]:
         """``(..., D) -> G updates (..., O_g)`` in the dtype of ``x``; with ``low_rank`` in factors where there are.
 
         ``with_frozen``: the frozen layers' outputs with their updates instead (`overlaps` only).
@@ -211,10 +168,10 @@ class InputGroup(nn.Module):
                 y = updates.to(x.dtype).view(*x.shape[:-1], updates.shape[-1])
                 return y.split(self.out_features, dim=-1)
             remote = self.dispatcher.begin(x_TD, probs_TGE, experts, self.name, destinations)
-        return self._with_frozen(x, probs_TGE, experts, remote)
+        return self._with_frozen(x, x_TD, probs_TGE, experts, remote)
 
     def _with_frozen(
-        self, x: Tensor, probs_TGE: Tensor, experts: ExpertWeights, remote: RemoteExperts
+        self, x: Tensor, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, remote: RemoteExperts
     ) -> Sequence[Tensor]:
         """The frozen layers and this rank's own experts, while rows travel to other ranks and back."""
         # About half of the frozen layers' work for each way; the first way of a group of one.
@@ -226,7 +183,7 @@ class InputGroup(nn.Module):
         outputs += [layer.base_layer(x) for layer in self.layers[first:]]
         dtype = experts.lora_A.dtype
         with torch.autocast(x.device.type, enabled=False):
-            own = low_rank_updates(self.dispatcher.own(probs_TGE).to(dtype), experts)
+            own = expert_updates(x_TD, self.dispatcher.own(probs_TGE).to(dtype), experts)
             # Experts in float32 beside a half-precision base are summed before they are rounded.
             totals = [
                 layer.add(update, y) if y.dtype == dtype else update.add_to(torch.zeros_like(y, dtype=dtype), True)
@@ -249,15 +206,16 @@ class InputGroup(nn.Module):
     def _route(
         self, x_TD: Tensor, mask_T: Tensor | None, context: ForwardContext, low_rank: bool
     ) -> tuple[Sequence[Tensor] | None, Tensor, Tensor | None]:
-        """``x A^T`` by projection where the dispatcher can use it; routing weights ``(T, G, E)``; where tokens go.
+        """``x A^T`` by projection where it is sure to be used; routing weights ``(T, G, E)``; where tokens go.
 
-        The weights are zero for tokens that are not routed, and float32 but for the fused kernel's. In memory both have
+        It is not where the dispatcher has no use for it, or where routing may leave few experts to compute. The weights are zero for tokens that are not routed, and float32 but for the fused kernel's. In memory both have
         the tokens innermost. The last is None unless tokens travel and the kernel has found it
         (`Routing.destinations`).
         """
         num_tokens, num_members = x_TD.shape[0], len(self.members)
         lora_A = first_layer = lam_T = live_units_H = None
-        if low_rank and getattr(self.dispatcher, "experts_are_here", False):
+        here = low_rank and getattr(self.dispatcher, "experts_are_here", False)
+        if here and not may_be_grouped(num_tokens, self.lora_A, self.out_features):
             lora_A = self.lora_A
         if self.router.uses_lambda:
             first_layer = self.lambda_mlp.first_layer

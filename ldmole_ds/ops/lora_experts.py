@@ -7,21 +7,37 @@ projection g, O their sum.
 
 Per token the experts of a projection differ in rank space only, so the sum over experts is two plain products over
 the stacked experts, ``((x A^T) * w) B``: no (N, e, O) tensor, no permutation of tokens by expert. Inactive experts
-carry weight 0 and contribute exact zeros.
+carry weight 0 and contribute exact zeros. `ldmole_ds.ops.grouped_experts` computes only the active ones; `ldmole_ds.ops.expert_compute`
+chooses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class Products(NamedTuple):
+    """A way to compute the experts' products, in three steps without a graph, for dispatchers to send in between.
+
+    Attributes:
+        forward: As `experts_forward`: the result, and the tensors that backward needs besides x and the experts.
+        input_gradients: As `experts_input_gradients`.
+        weight_gradients: As `experts_weight_gradients`.
+    """
+
+    forward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
+    input_gradients: Callable[..., tuple[Tensor, Tensor]]
+    weight_gradients: Callable[..., tuple[Tensor, list[Tensor]]]
+
+
 def experts_forward(
     x_ND: Tensor, w_NGe: Tensor, lora_A: Tensor, lora_B: Sequence[Tensor], scaling: float
-) -> tuple[Tensor, Tensor]:
-    """The module docstring's formula: ``(N, D), (N, G, e) -> y (N, O), h = x A^T (N, G, e, r)``. No graph."""
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The module docstring's formula: ``(N, D), (N, G, e) -> y (N, O)``, and kept w and ``h = x A^T (N, G, e, r)``."""
     num_groups, e, r, d = lora_A.shape
     n = x_ND.shape[0]
     h = (x_ND @ lora_A.reshape(-1, d).t()).view(n, num_groups, e, r)
@@ -30,13 +46,12 @@ def experts_forward(
     y = x_ND.new_empty(n, sum(out_sizes))
     for g, (y_g, b) in enumerate(zip(y.split(out_sizes, dim=1), lora_B, strict=True)):
         torch.mm(hw[:, g], b.reshape(e * r, -1), out=y_g)
-    return y, h
+    return y, (w_NGe, h)
 
 
 def experts_input_gradients(
     grad_y: Tensor,
-    w_NGe: Tensor,
-    h: Tensor,
+    kept: tuple[Tensor, Tensor],
     lora_A: Tensor,
     lora_B: Sequence[Tensor],
     scaling: float,
@@ -45,10 +60,10 @@ def experts_input_gradients(
     """Gradients of `experts_forward` that earlier layers wait for: of the weights, and of h as ``(N, G * e * r)``.
 
     Args:
-        grad_y, w_NGe, h, lora_A, lora_B, scaling: As there.
+        grad_y, kept, lora_A, lora_B, scaling: As there.
         out_x: ``(N, D)``, rows may lie apart: the gradient of x is written here.
     """
-    num_groups, e, r, d = lora_A.shape
+    (w_NGe, h), (num_groups, e, r, d) = kept, lora_A.shape
     n = grad_y.shape[0]
     grad_hw = torch.empty_like(h)
     grads = grad_y.split([b.shape[-1] for b in lora_B], dim=1)
@@ -64,44 +79,54 @@ def experts_input_gradients(
 def experts_weight_gradients(
     grad_y: Tensor,
     x_ND: Tensor,
-    w_NGe: Tensor,
-    h: Tensor,
+    kept: tuple[Tensor, Tensor],
     grad_h: Tensor,
     lora_A: Tensor,
     lora_B: Sequence[Tensor],
     scaling: float,
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of ``lora_A`` and of each ``lora_B``; ``grad_h`` is what `experts_input_gradients` found."""
-    num_groups, e, r, _ = lora_A.shape
+    (w_NGe, h), (num_groups, e, r, _) = kept, lora_A.shape
     hw = (h * (w_NGe * scaling).unsqueeze(-1)).view(-1, num_groups, e * r)
     grads = grad_y.split([b.shape[-1] for b in lora_B], dim=1)
     grad_B = [(hw[:, g].t() @ dy).view_as(b) for g, (dy, b) in enumerate(zip(grads, lora_B, strict=True))]
     return (grad_h.t() @ x_ND).view_as(lora_A), grad_B
 
 
+DENSE = Products(experts_forward, experts_input_gradients, experts_weight_gradients)
+
+
 class _LoRAExperts(torch.autograd.Function):
-    """Keeps x, h and w, and nothing of size O."""
+    """Keeps x and what the products keep (dense: h and w), and nothing of size O."""
 
     @staticmethod
-    def forward(ctx, x_ND: Tensor, w_NGe: Tensor, scaling: float, lora_A: Tensor, *lora_B: Tensor) -> Tensor:
-        y, h = experts_forward(x_ND, w_NGe, lora_A, lora_B, scaling)
-        ctx.save_for_backward(x_ND, w_NGe, h, lora_A, *lora_B)
-        ctx.scaling = scaling
+    def forward(ctx, x_ND: Tensor, w_NGe: Tensor, scaling: float, products: Products, lora_A: Tensor, *lora_B: Tensor):
+        y, kept = products.forward(x_ND, w_NGe, lora_A, lora_B, scaling)
+        ctx.save_for_backward(x_ND, lora_A, *lora_B, *kept)
+        ctx.scaling, ctx.products, ctx.num_groups = scaling, products, len(lora_B)
         return y
 
     @staticmethod
     def backward(ctx, grad_y: Tensor):
-        x, w, h, lora_A, *lora_B = ctx.saved_tensors
-        need_x, _, _, *need_weights = ctx.needs_input_grad
+        x, lora_A, *rest = ctx.saved_tensors
+        lora_B, kept = rest[: ctx.num_groups], rest[ctx.num_groups :]
+        need_x, _, _, _, *need_weights = ctx.needs_input_grad
         grad_x = torch.empty_like(x) if need_x else None
-        grad_w, grad_h = experts_input_gradients(grad_y, w, h, lora_A, lora_B, ctx.scaling, grad_x)
+        grad_w, grad_h = ctx.products.input_gradients(grad_y, kept, lora_A, lora_B, ctx.scaling, grad_x)
         if not any(need_weights):
-            return grad_x, grad_w, None, *[None] * len(need_weights)
-        grad_A, grad_B = experts_weight_gradients(grad_y, x, w, h, grad_h, lora_A, lora_B, ctx.scaling)
-        return grad_x, grad_w, None, grad_A, *grad_B
+            return grad_x, grad_w, None, None, *[None] * len(need_weights)
+        grad_A, grad_B = ctx.products.weight_gradients(grad_y, x, kept, grad_h, lora_A, lora_B, ctx.scaling)
+        return grad_x, grad_w, None, None, grad_A, *grad_B
 
 
-def lora_experts(x_ND: Tensor, w_NGe: Tensor, lora_A: Tensor, lora_B: Sequence[Tensor], scaling: float) -> Tensor:
+def lora_experts(
+    x_ND: Tensor,
+    w_NGe: Tensor,
+    lora_A: Tensor,
+    lora_B: Sequence[Tensor],
+    scaling: float,
+    products: Products = DENSE,
+) -> Tensor:
     """Sum of the local experts of every projection of an input group.
 
     Args:
@@ -110,13 +135,14 @@ def lora_experts(x_ND: Tensor, w_NGe: Tensor, lora_A: Tensor, lora_B: Sequence[T
         lora_A: ``(G, e, r, D)``.
         lora_B: G tensors ``(e, r, O_g)``.
         scaling: ``lora_alpha / r``.
+        products: How they are computed; ``torch.compile`` traces the dense ones.
 
     Returns:
         ``(N, O)``: the projections' results side by side.
     """
     if torch.compiler.is_compiling():
         return _traceable(x_ND, w_NGe, lora_A, lora_B, scaling)
-    return _LoRAExperts.apply(x_ND, w_NGe, scaling, lora_A, *lora_B)
+    return _LoRAExperts.apply(x_ND, w_NGe, scaling, products, lora_A, *lora_B)
 
 
 def _traceable(x_ND: Tensor, w_NGe: Tensor, lora_A: Tensor, lora_B: Sequence[Tensor], scaling: float) -> Tensor:

@@ -10,6 +10,7 @@ kept for backward: it needs h and p alone, since the gradient of y is that of th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +61,14 @@ class _AddLowRank(torch.autograd.Function):
         return grad, grad_h, grad_p, grad_B, None, None
 
 
+def add_update(y: Tensor, dtype: torch.dtype, in_place: bool, add: Callable[[Tensor, bool], Tensor]) -> Tensor:
+    """What ``add`` makes of y, in place or not; of a sum beside y where the experts' ``dtype`` is not that of y."""
+    if y.dtype != dtype:  # adapters in float32 beside a half-precision base
+        return y + add(torch.zeros(y.shape, dtype=dtype, device=y.device), True).to(y.dtype)
+    # What autograd does about an in-place change of a view costs more than a new tensor.
+    return add(y, in_place and y.is_contiguous() and not y._is_view())
+
+
 @dataclass(frozen=True)
 class LowRankUpdate:
     """The sum over a projection's experts, in factors.
@@ -78,12 +87,11 @@ class LowRankUpdate:
 
     def add_to(self, y: Tensor, in_place: bool) -> Tensor:
         """``y (..., O)`` plus the sum. ``in_place``: y is overwritten; nothing else may need its old values."""
-        if y.dtype != self.h_XT.dtype:  # adapters in float32 beside a half-precision base
-            total = torch.zeros(y.shape, dtype=self.h_XT.dtype, device=y.device)
-            return y + self.add_to(total, in_place=True).to(y.dtype)
-        # What autograd does about an in-place change of a view costs more than a new tensor.
-        in_place = in_place and y.is_contiguous() and not y._is_view()
-        return _AddLowRank.apply(y, self.h_XT, self.p_eT, self.lora_B, self.scaling, in_place)
+
+        def add(y: Tensor, in_place: bool) -> Tensor:
+            return _AddLowRank.apply(y, self.h_XT, self.p_eT, self.lora_B, self.scaling, in_place)
+
+        return add_update(y, self.h_XT.dtype, in_place, add)
 
     def add_to_reference(self, y: Tensor) -> Tensor:
         """The same with every expert's output written out, differentiated by autograd."""

@@ -80,7 +80,7 @@ def test_training_over_many_lengths_evaluation_and_training_again():
     batch = ragged_batch(rows=4, width=10, seed=4)
     assert_same(step(compiled, model, batch), step(eager, eager, batch))
     assert counters["stats"]["unique_graphs"] == 3, "evaluation is one more graph, and training again none"
-    assert model._holder.current is None and all(group._pending is None for group in model.input_groups)
+    assert model._holder.current is None and all(group.results.pending is None for group in model.input_groups)
 
 
 @pytest.mark.slow

@@ -113,7 +113,7 @@ def test_generating_records_nothing(model, monkeypatch):
     generated(model, PROMPTS)
     assert len(contexts) == 6 and not any(context.records for context in contexts)
     assert model.routing_summary() == {}
-    assert model._holder.current is None and all(group._pending is None for group in model.input_groups)
+    assert model._holder.current is None and all(group.results.pending is None for group in model.input_groups)
 
 
 @pytest.mark.parametrize("router", ["softmax", "topk", "lora", "sparsegen_fixed"])

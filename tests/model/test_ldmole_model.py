@@ -196,7 +196,7 @@ def test_an_exception_half_way_leaves_nothing_behind(entrance):
     with pytest.raises(ZeroDivisionError):
         called(**batch)
     handle.remove()
-    assert model._holder.current is None and all(group._pending is None for group in model.input_groups)
+    assert model._holder.current is None and all(group.results.pending is None for group in model.input_groups)
     assert torch.equal(called(**batch).logits, expected)
 
 

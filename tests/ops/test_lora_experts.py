@@ -101,10 +101,10 @@ def test_the_plain_forward_and_backward_are_those_of_the_autograd_function():
     with torch.no_grad():
         apart, grad_rows = torch.zeros(7, 6, dtype=x.dtype), torch.full((7, 6), 9.0, dtype=x.dtype)
         apart[:, :5] = x
-        _, h = experts_forward(apart[:, :5], w, lora_A, lora_B, SCALING)
-        args = (w, h, lora_A, lora_B, SCALING)
+        _, kept = experts_forward(apart[:, :5], w, lora_A, lora_B, SCALING)
+        args = (kept, lora_A, lora_B, SCALING)
         grad_w, grad_h = experts_input_gradients(cotangent, *args, out_x=grad_rows[:, :5])
-        grad_A, grad_B = experts_weight_gradients(cotangent, x, w, h, grad_h, lora_A, lora_B, SCALING)
+        grad_A, grad_B = experts_weight_gradients(cotangent, x, kept, grad_h, lora_A, lora_B, SCALING)
         assert (grad_rows[:, 5] == 9).all()
         for grad, value in zip((grad_rows[:, :5], grad_w, grad_A, *grad_B), expected, strict=True):
             torch.testing.assert_close(grad, value)

@@ -1,0 +1,103 @@
+"""Dense or grouped: how the experts' products of a batch are computed.
+
+Shape legend: N tokens at the experts, D in_features, G projections, e local experts, r rank, O_g out_features of
+projection g, P active pairs (projection, token, expert).
+
+    dense      every expert for every token, two large products              `ldmole_ds.ops.lora_experts`
+    grouped    active pairs alone, small products and rows moved for each    `ldmole_ds.ops.grouped_experts`
+
+Dense costs by N * G * e * r, grouped by P and by the experts in use; `dense_operations` and `grouped_operations` are
+their costs in one unit. The environment variable ``LDMOLE_EXPERT_COMPUTE`` says who chooses:
+
+    auto       the default: the cheaper one, for each input group and batch anew
+    dense      always dense
+    grouped    always grouped; an error where it cannot run, which is anywhere but on a CPU
+
+Both give the same numbers up to rounding, so ranks may differ in their choice. ``auto`` is dense on a GPU, which the
+host would have to wait for to learn who is active, and in half precision, where dense products have units of their own.
+What ``torch.compile`` traces is dense whatever is set.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ldmole_ds.ops.grouped_experts import GROUPED
+from ldmole_ds.ops.lora_experts import DENSE, Products
+
+SWITCH = "LDMOLE_EXPERT_COMPUTE"
+
+# Forward and backward on one core, in operations of a large float32 product (`benchmarks/expert_compute.py` holds the
+# choice against the time taken). Of dense: each value of h. Of grouped: each value of the rows that a pair moves, the
+# small products relative to a large one, each pair, each expert, each routing weight.
+PER_H = 100.0
+PER_MOVED, SMALL_PRODUCT, PER_PAIR, PER_EXPERT, PER_WEIGHT = 30.0, 1.5, 3e3, 3e6, 300.0
+
+
+def dense_operations(rows: float, num_experts: int, r: int, in_features: int, out_features: Sequence[int]) -> float:
+    """Cost of one forward and backward over ``rows`` tokens with ``num_experts`` local experts."""
+    values = rows * num_experts * r
+    return values * (6 * (len(out_features) * in_features + sum(out_features)) + PER_H * len(out_features))
+
+
+def grouped_operations(
+    pairs: float, rows: float, num_experts: int, r: int, in_features: int, out_features: Sequence[int]
+) -> float:
+    """The same of ``pairs`` active pairs in all projections."""
+    experts = len(out_features) * num_experts
+    width = in_features + sum(out_features) / len(out_features)
+    products = pairs * (width * (6 * r * SMALL_PRODUCT + PER_MOVED) + PER_PAIR)
+    return products + min(experts, pairs) * PER_EXPERT + rows * experts * PER_WEIGHT
+
+
+def _switch() -> str:
+    switch = os.environ.get(SWITCH, "auto")
+    if switch not in ("auto", "dense", "grouped"):
+        raise ValueError(f"{SWITCH}={switch!r} is not known: use auto, dense or grouped")
+    return switch
+
+
+def may_be_grouped(rows: int, lora_A: Tensor, out_features: Sequence[int]) -> bool:
+    """Whether grouped products may be the choice for so many tokens, whatever their routing; see the module docstring.
+
+    Args:
+        rows: N.
+        lora_A: ``(G, e, r, D)``.
+        out_features: O_g of each projection.
+
+    Raises:
+        ValueError: The environment variable has no known value, or asks for what cannot run.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    switch, on_cpu = _switch(), lora_A.device.type == "cpu"
+    if switch == "grouped" and not on_cpu:
+        raise ValueError(f"{SWITCH}=grouped, but the tensors are on a GPU: unset it (grouped products run on a CPU)")
+    if switch != "auto" or not on_cpu or lora_A.dtype.itemsize < 4:
+        return switch == "grouped"
+    # A token has an expert here as a rule: with fewer pairs than that a small layer loses little.
+    return _grouped_is_cheaper(rows * len(out_features), rows, lora_A, out_features)
+
+
+def choose_products(w_NGe: Tensor, lora_A: Tensor, lora_B: Sequence[Tensor]) -> Products:
+    """The products for tokens with routing weights ``(N, G, e)``; see the module docstring.
+
+    Raises:
+        ValueError: As `may_be_grouped`.
+    """
+    rows, out_features = len(w_NGe), [b.shape[-1] for b in lora_B]
+    if not may_be_grouped(rows, lora_A, out_features):
+        return DENSE
+    if _switch() == "grouped":
+        return GROUPED
+    pairs = int(torch.count_nonzero(w_NGe))
+    return GROUPED if _grouped_is_cheaper(pairs, rows, lora_A, out_features) else DENSE
+
+
+def _grouped_is_cheaper(pairs: int, rows: int, lora_A: Tensor, out_features: Sequence[int]) -> bool:
+    _, e, r, d = lora_A.shape
+    return grouped_operations(pairs, rows, e, r, d, out_features) < dense_operations(rows, e, r, d, out_features)
