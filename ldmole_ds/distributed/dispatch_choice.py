@@ -8,6 +8,8 @@ a group of G projections that read D values and write O in sum:
     weights    2 collectives, (1 + 1/accumulation) (P - 1) (E/P) r (G D + O) values
                products of T tokens with E experts
 
+or, where that is cheaper, grouped products of as many active pairs in either (`ldmole_ds.ops.expert_compute`).
+
 A collective takes a latency plus its bytes over the bandwidth, a product its operations over their speed; all three are
 measured at the start and broadcast from rank 0, so that every rank decides alike. `tokens_phases` and `weights_phases`
 name the collectives as `CommStats` counts them; the planner (`ldmole_ds.planner`) uses them too.
@@ -25,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ldmole_ds.distributed.topology import ExpertParallel
+from ldmole_ds.ops.expert_compute import dense_operations, grouped_operations, may_group_on
 
 _PROBE_BYTES, _PROBE_ROUNDS = 1 << 20, 5
 # Tokens, width and stacked ranks of the product whose speed is measured: as skinny as the experts' are.
@@ -36,11 +39,13 @@ class Link:
     """What a collective of the EP group costs: ``latency`` in seconds, ``bandwidth`` in bytes per second and rank.
 
     ``flops`` is the speed of the expert products beside it, in operations per second; infinite: they are not weighed.
+    ``grouped``: where grouped products are cheaper, they are used.
     """
 
     latency: float
     bandwidth: float
     flops: float = math.inf
+    grouped: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,9 +107,11 @@ def measure_link(topology: ExpertParallel, device: torch.device, itemsize: int =
     dtype = torch.bfloat16 if itemsize == 2 else torch.float32
     x, weight = (torch.zeros(rows, width, device=device, dtype=dtype) for rows in (tokens, ranks))
     flops = 2 * math.prod(_PROBE_PRODUCT) / median_seconds(lambda: x @ weight.t())
-    figures = torch.tensor([latency, sent / seconds, flops], dtype=torch.float64, device=device)
+    figures = [latency, sent / seconds, flops, may_group_on(device, dtype)]
+    figures = torch.tensor(figures, dtype=torch.float64, device=device)
     dist.broadcast(figures, src=0)
-    return Link(*figures.tolist())
+    *speeds, grouped = figures.tolist()
+    return Link(*speeds, bool(grouped))
 
 
 def remote_ranks(ep_size: int, num_experts: int, num_projections: int, active_experts: float) -> float:
@@ -187,10 +194,15 @@ def choose_dispatch(
     tokens = tokens_phases(rows, rows, itemsize=workload.itemsize, **sizes)
     weights = weights_phases(r=r, itemsize=workload.itemsize, accumulation_steps=workload.accumulation_steps, **sizes)
     tokens_bytes, weights_bytes = (sum(phase.bytes for phase in phases.values()) for phases in (tokens, weights))
-    # Two operations for each value of the weights, forward and twice that backward.
-    per_row = 6 * num_experts * r * (len(out_features) * in_features + sum(out_features))
-    tokens_seconds = phases_seconds(tokens, link) + (workload.tokens + rows) * per_row / ep_size / link.flops
-    weights_seconds = phases_seconds(weights, link) + workload.tokens * per_row / link.flops
+    pairs = workload.tokens * min(workload.active_experts, num_experts) * len(out_features)
+
+    def products_seconds(rows: float, experts: int) -> float:
+        layer = (experts, r, in_features, out_features)
+        dense, grouped = dense_operations(rows, *layer), grouped_operations(pairs, rows, *layer)
+        return (min(dense, grouped) if link.grouped else dense) / link.flops
+
+    tokens_seconds = phases_seconds(tokens, link) + products_seconds(workload.tokens + rows, num_experts // ep_size)
+    weights_seconds = phases_seconds(weights, link) + products_seconds(workload.tokens, num_experts)
     mode = "tokens" if tokens_seconds < weights_seconds else "weights"
     return Choice(mode, tokens_seconds, weights_seconds, tokens_bytes, weights_bytes)
 

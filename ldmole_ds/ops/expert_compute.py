@@ -54,11 +54,18 @@ def grouped_operations(
     return products + min(experts, pairs) * PER_EXPERT + rows * experts * PER_WEIGHT
 
 
-def _switch() -> str:
-    switch = os.environ.get(SWITCH, "auto")
+def may_group_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of this dtype may be grouped there, in a layer large enough.
+
+    Raises:
+        ValueError: The environment variable has no known value, or asks for what cannot run.
+    """
+    switch, on_cpu = os.environ.get(SWITCH, "auto"), device.type == "cpu"
     if switch not in ("auto", "dense", "grouped"):
         raise ValueError(f"{SWITCH}={switch!r} is not known: use auto, dense or grouped")
-    return switch
+    if switch == "grouped" and not on_cpu:
+        raise ValueError(f"{SWITCH}=grouped, but the tensors are on a GPU: unset it (grouped products run on a CPU)")
+    return switch == "grouped" or (switch == "auto" and on_cpu and dtype.itemsize >= 4)
 
 
 def may_be_grouped(rows: int, lora_A: Tensor, out_features: Sequence[int]) -> bool:
@@ -70,32 +77,31 @@ def may_be_grouped(rows: int, lora_A: Tensor, out_features: Sequence[int]) -> bo
         out_features: O_g of each projection.
 
     Raises:
-        ValueError: The environment variable has no known value, or asks for what cannot run.
+        ValueError: As `may_group_on`.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not may_group_on(lora_A.device, lora_A.dtype):
         return False
-    switch, on_cpu = _switch(), lora_A.device.type == "cpu"
-    if switch == "grouped" and not on_cpu:
-        raise ValueError(f"{SWITCH}=grouped, but the tensors are on a GPU: unset it (grouped products run on a CPU)")
-    if switch != "auto" or not on_cpu or lora_A.dtype.itemsize < 4:
-        return switch == "grouped"
     # A token has an expert here as a rule: with fewer pairs than that a small layer loses little.
-    return _grouped_is_cheaper(rows * len(out_features), rows, lora_A, out_features)
+    return _is_forced() or _grouped_is_cheaper(rows * len(out_features), rows, lora_A, out_features)
 
 
 def choose_products(w_NGe: Tensor, lora_A: Tensor, lora_B: Sequence[Tensor]) -> Products:
     """The products for tokens with routing weights ``(N, G, e)``; see the module docstring.
 
     Raises:
-        ValueError: As `may_be_grouped`.
+        ValueError: As `may_group_on`.
     """
     rows, out_features = len(w_NGe), [b.shape[-1] for b in lora_B]
     if not may_be_grouped(rows, lora_A, out_features):
         return DENSE
-    if _switch() == "grouped":
+    if _is_forced():
         return GROUPED
     pairs = int(torch.count_nonzero(w_NGe))
     return GROUPED if _grouped_is_cheaper(pairs, rows, lora_A, out_features) else DENSE
+
+
+def _is_forced() -> bool:
+    return os.environ.get(SWITCH) == "grouped"
 
 
 def _grouped_is_cheaper(pairs: int, rows: int, lora_A: Tensor, out_features: Sequence[int]) -> bool:

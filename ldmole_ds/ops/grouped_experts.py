@@ -93,7 +93,7 @@ def grouped_forward(
     """The module docstring's formula: ``(N, D), (N, G, e) -> y (N, O)``, and what backward needs. No graph."""
     outputs = [x_ND.new_zeros(len(x_ND), b.shape[-1]) for b in lora_B]
     pairs = add_experts(outputs, x_ND, w_NGe, lora_A, lora_B, scaling)
-    return torch.cat(outputs, dim=1), pairs
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), pairs
 
 
 def add_experts(
@@ -140,17 +140,18 @@ def grouped_input_gradients(
     grads = grad_y.split([b.shape[-1] for b in lora_B], dim=1)
     A, B_T, rows = _matrices(lora_A), _matrices([b.transpose(1, 2) for b in lora_B]), _Rows(grad_y)
     grad_h, grad_w = torch.empty_like(h_Pr), torch.empty_like(w_P)
-    grad_x = None if out_x is None else grad_y.new_zeros(n, d)  # adding to rows that lie apart takes much longer
+    if out_x is not None:  # adding to rows that lie apart takes several times as long
+        grad_x = out_x.zero_() if out_x.is_contiguous() else grad_y.new_zeros(n, d)
     for block in _blocks(sizes, lora_A, lora_B):
         tokens, grad_hw = token_P[block.pairs], grad_h[block.pairs]
         block.multiply(rows.gather(grads[block.projection], tokens), B_T, grad_hw)
         torch.sum(grad_hw * h_Pr[block.pairs], 1, out=grad_w[block.pairs])
         grad_hw.mul_((w_P[block.pairs] * scaling).unsqueeze(1))
-        if grad_x is not None:
+        if out_x is not None:
             part = rows.get(len(tokens), d)
             block.multiply(grad_hw, A, part)
             grad_x.index_add_(0, tokens, part)
-    if out_x is not None:
+    if out_x is not None and grad_x is not out_x:
         out_x.copy_(grad_x)
     slot_P = token_P + n * torch.arange(num_groups * e).repeat_interleave(sizes)
     grad_w_GeN = w_P.new_zeros(num_groups, e, n)
