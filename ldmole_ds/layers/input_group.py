@@ -208,8 +208,9 @@ class InputGroup(nn.Module):
     ) -> tuple[Sequence[Tensor] | None, Tensor, Tensor | None]:
         """``x A^T`` by projection where it is sure to be used; routing weights ``(T, G, E)``; where tokens go.
 
-        It is not where the dispatcher has no use for it, or where routing may leave few experts to compute. The weights are zero for tokens that are not routed, and float32 but for the fused kernel's. In memory both have
-        the tokens innermost. The last is None unless tokens travel and the kernel has found it
+        The first is not computed where the dispatcher has no use for it, or where routing may leave few experts to
+        compute. The weights are zero for tokens that are not routed, and float32 but for the fused kernel's. In memory
+        both have the tokens innermost. The last is None unless tokens travel and the kernel has found it
         (`Routing.destinations`).
         """
         num_tokens, num_members = x_TD.shape[0], len(self.members)

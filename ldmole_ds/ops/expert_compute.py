@@ -31,27 +31,29 @@ from ldmole_ds.ops.lora_experts import DENSE, Products
 
 SWITCH = "LDMOLE_EXPERT_COMPUTE"
 
-# Forward and backward on one core, in operations of a large float32 product (`benchmarks/expert_compute.py` holds the
-# choice against the time taken). Of dense: each value of h. Of grouped: each value of the rows that a pair moves, the
-# small products relative to a large one, each pair, each expert, each routing weight.
-PER_H = 100.0
-PER_MOVED, SMALL_PRODUCT, PER_PAIR, PER_EXPERT, PER_WEIGHT = 30.0, 1.5, 3e3, 3e6, 300.0
+# Of forward and backward, in operations of a large float32 product: moving a value of a pair's rows and of a token's,
+# and calling an expert's products. Fitted to times of one CPU core over experts of 4 x 8 to 128 x 32, 16 to 4,096
+# tokens, 1 to 16 active, D of 256 and 768; `benchmarks/expert_compute.py` holds the choice against the times.
+PER_PAIR_VALUE, PER_TOKEN_VALUE, PER_EXPERT = 230.0, 150.0, 4e6
 
 
 def dense_operations(rows: float, num_experts: int, r: int, in_features: int, out_features: Sequence[int]) -> float:
     """Cost of one forward and backward over ``rows`` tokens with ``num_experts`` local experts."""
-    values = rows * num_experts * r
-    return values * (6 * (len(out_features) * in_features + sum(out_features)) + PER_H * len(out_features))
+    return 6 * rows * num_experts * r * _width(in_features, out_features)
 
 
 def grouped_operations(
     pairs: float, rows: float, num_experts: int, r: int, in_features: int, out_features: Sequence[int]
 ) -> float:
     """The same of ``pairs`` active pairs in all projections."""
-    experts = len(out_features) * num_experts
-    width = in_features + sum(out_features) / len(out_features)
-    products = pairs * (width * (6 * r * SMALL_PRODUCT + PER_MOVED) + PER_PAIR)
-    return products + min(experts, pairs) * PER_EXPERT + rows * experts * PER_WEIGHT
+    num_groups, width = len(out_features), _width(in_features, out_features)
+    moved_and_multiplied = pairs * width / num_groups * (6 * r + PER_PAIR_VALUE)
+    return moved_and_multiplied + rows * width * PER_TOKEN_VALUE + min(num_groups * num_experts, pairs) * PER_EXPERT
+
+
+def _width(in_features: int, out_features: Sequence[int]) -> int:
+    """Of a token's rows, in all projections."""
+    return len(out_features) * in_features + sum(out_features)
 
 
 def may_group_on(device: torch.device, dtype: torch.dtype) -> bool:

@@ -7,8 +7,8 @@ projection g, O their sum.
 
 Per token the experts of a projection differ in rank space only, so the sum over experts is two plain products over
 the stacked experts, ``((x A^T) * w) B``: no (N, e, O) tensor, no permutation of tokens by expert. Inactive experts
-carry weight 0 and contribute exact zeros. `ldmole_ds.ops.grouped_experts` computes only the active ones; `ldmole_ds.ops.expert_compute`
-chooses.
+carry weight 0 and contribute exact zeros. `ldmole_ds.ops.grouped_experts` leaves them out instead;
+`ldmole_ds.ops.expert_compute` chooses.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ ROUTERS = {
     "sparsegen_fixed": {"router": "sparsegen_fixed", "fixed_lambda": -0.5},
     "softmax": {"router": "softmax"},
     "topk": {"router": "topk", "topk": 2},
+    "topk, 32 experts of rank 16": {"router": "topk", "topk": 2, "num_experts": 32, "r": 16},
     "relu": {"router": "relu", "l1_initial_weight": 1e-2},
     # Three experts stay replicated on two ranks.
     "topk, 3 and 8 experts": {"router": "topk", "topk": 2, "experts_per_layer": [3, 8]},

@@ -1,6 +1,12 @@
-"""Random routings, drawn alike on all ranks, through every dispatcher: outputs and gradients of one process."""
+"""Random routings, drawn alike on all ranks, through every dispatcher: outputs and gradients of one process.
+
+Every rank draws for itself whether its experts' products are dense or grouped; those of one process are dense.
+"""
 
 from __future__ import annotations
+
+import os
+import random
 
 import pytest
 import torch
@@ -14,6 +20,7 @@ from ldmole_ds.distributed import (
     WeightGatherDispatcher,
     expert_parallel,
 )
+from ldmole_ds.ops.expert_compute import SWITCH
 from tests.distributed_utils import run_distributed
 
 EXAMPLES = 40
@@ -72,6 +79,7 @@ def worst_errors(rank: int, world_size: int) -> dict[str, float]:
     @given(routings())
     def example(routing):
         topology = topologies[2 if routing["experts"] == 2 else 4]
+        os.environ[SWITCH] = "dense"
         first = rank - topology.ep_rank
         held = topology.local_experts(routing["experts"])
         lora_A, lora_B = all_experts(routing)
@@ -85,12 +93,15 @@ def worst_errors(rank: int, world_size: int) -> dict[str, float]:
             "chunks": AllToAllTokenDispatcher(topology, chunk_tokens=routing["chunk"]),
             "weights": WeightGatherDispatcher(topology),
         }
+        draw = random.Random(routing["seed"] * 4 + rank)
         for name, dispatcher in dispatchers.items():
+            os.environ[SWITCH] = draw.choice(["dense", "grouped"])
             found = gradients(dispatcher, data_of(routing, rank), lora_A[:, held], [b[held] for b in lora_B])
             errors = [(a - b).abs().max().item() for a, b in zip(found, expected, strict=True) if b.numel()]
             worst[name] = max([worst.get(name, 0.0), *errors])
 
     example()
+    del os.environ[SWITCH]
     return worst
 
 

@@ -110,6 +110,18 @@ def test_tokens_that_visit_few_ranks_meet_fewer_experts():
     assert same.weights_seconds - without.weights_seconds == pytest.approx(products)
 
 
+def test_grouped_products_weigh_as_much_in_either():
+    """Large experts, few of them active: dense products favour tokens, grouped ones let the link decide."""
+    sizes = {**SIZES, "ep_size": 2, "num_experts": 64, "r": 32, "out_features": [576]}
+    workload = Workload(tokens=4096, active_experts=2)
+    dense = choose_dispatch(workload, Link(50e-6, 1e9, flops=3e10), **sizes)
+    grouped = choose_dispatch(workload, Link(50e-6, 1e9, flops=3e10, grouped=True), **sizes)
+    assert grouped.tokens_seconds < dense.tokens_seconds / 2 and grouped.weights_seconds < dense.weights_seconds / 2
+    assert (dense.mode, grouped.mode) == ("tokens", "weights")
+    paper = [choose_dispatch(workload, Link(50e-6, 1e9, 3e10, g), **SIZES).tokens_seconds for g in (False, True)]
+    assert paper[0] == paper[1]
+
+
 def test_bytes_are_those_of_the_formula():
     choice = choose_dispatch(Workload(tokens=10, active_experts=8, accumulation_steps=2), Link(0.0, 1e6), **SIZES)
     assert choice.tokens_bytes == 2 * 10 * 1 * (576 + 3 * 4 + 960) * 4 + 2 * 8

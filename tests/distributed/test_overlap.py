@@ -5,6 +5,8 @@ D in_features, OUT out_features of each projection, E experts, R rank.
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from ldmole_ds.distributed import (
     expert_exchange,
     expert_parallel,
 )
+from ldmole_ds.ops.expert_compute import SWITCH
 from tests.distributed_utils import run_distributed
 from tests.layers.small_group import make_group, projections
 from tests.tiny import ragged_batch, tiny_model
@@ -88,7 +91,9 @@ def on_rank(rank: int, world_size: int) -> dict:
     topology, results = expert_parallel(world_size), {}
     for members in ("qkv", "o"):
         xs = torch.randn(world_size, 2, 7, D, generator=torch.Generator().manual_seed(7))
-        events, found = run(members, topology, xs[rank])
+        for products in ("grouped", "dense"):
+            os.environ[SWITCH] = products
+            results[members, products] = run(members, topology, xs[rank])
         _, expected = run(members, ExpertParallel(), xs[rank])
         # An expert's gradient is the sum over all ranks' tokens.
         everyone = [run(members, ExpertParallel(), x)[1] for x in xs]
@@ -96,8 +101,11 @@ def on_rank(rank: int, world_size: int) -> dict:
         for key in [k for k in expected if k[0] in "AB"]:
             total = sum(one[key] for one in everyone)
             expected[key] = total[:, held.start : held.stop] if key == "A" else total[held.start : held.stop]
-        errors = {k: ((found[k] - v).norm() / v.norm()).item() for k, v in expected.items()}
-        results[members] = events, errors
+        for products in ("grouped", "dense"):
+            events, found = results[members, products]
+            errors = {k: ((found[k] - v).norm() / v.norm()).item() for k, v in expected.items()}
+            results[members, products] = events, errors
+    del os.environ[SWITCH]
     model = tiny_model(ep_size=2).train()
     model(**ragged_batch(seed=rank)).loss.backward()
     return {"results": results, "calls": dict(model.comm_stats.calls), "groups": len(model.input_groups)}
@@ -124,17 +132,19 @@ ORDER = {
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("products", ["dense", "grouped"])
 @pytest.mark.parametrize("members", ORDER)
-def test_frozen_projections_run_while_rows_travel_in_both_directions(ranks, members):
+def test_frozen_projections_run_while_rows_travel_in_both_directions(ranks, members, products):
     for rank in ranks:
-        assert rank["results"][members][0] == ORDER[members]
+        assert rank["results"][members, products][0] == ORDER[members]
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("products", ["dense", "grouped"])
 @pytest.mark.parametrize("members", ORDER)
-def test_outputs_and_gradients_are_those_of_one_process(ranks, members):
+def test_outputs_and_gradients_are_those_of_one_process(ranks, members, products):
     for rank in ranks:
-        errors = rank["results"][members][1]
+        errors = rank["results"][members, products][1]
         assert len(errors) == 3 + 2 * len(members) and all(error < 2e-6 for error in errors.values()), errors
 
 

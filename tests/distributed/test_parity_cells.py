@@ -14,10 +14,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ldmole_ds.ops import grouped_experts
+from ldmole_ds.ops.expert_compute import SWITCH
 from ldmole_ds.parity import Cell, default_cells, full_matrix, judge, run_cells, verdict_table
 from ldmole_ds.parity import dense_run as run_dense
 from ldmole_ds.parity.cells import AXES, DTYPES, LAYOUTS, STAGES
 from ldmole_ds.parity.compare import check_dense
+from ldmole_ds.parity.dense import Run
 from tests.distributed_utils import run_distributed
 
 dense_run = functools.cache(run_dense)
@@ -43,6 +46,42 @@ def test_layout_does_not_change_training(world_size):
         # Tokens or weights travelled wherever experts are partitioned.
         for cell, run in by_cell.items():
             assert (run.bytes_sent > 0) == (cell.ep_size > 1 and cell.router != "lora"), cell
+
+
+GROUPED = [
+    Cell((2, 2), "2"),
+    Cell((2, 2), "1", accumulation=2, checkpointing=True),
+    Cell((2, 2), "2", router="topk, 32 experts of rank 16"),
+    Cell((2, 2), "3", router="topk, 32 experts of rank 16"),
+    Cell((2, 2), "2", expert_dispatch="weights", router="topk, 32 experts of rank 16"),
+]
+
+
+def run_grouped(rank: int, world_size: int) -> tuple[list[Run], int]:
+    """The runs with grouped expert products, and how often those were used."""
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return forward(*args)
+
+    forward = grouped_experts.add_experts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SWITCH, "grouped")
+        patch.setattr(grouped_experts, "add_experts", counted)
+        return run_cells(rank, world_size, GROUPED), len(calls)
+
+
+@pytest.mark.distributed
+def test_grouped_products_do_not_change_training():
+    """Chosen for all ranks; `tests/distributed/test_any_routing.py` mixes ranks."""
+    for runs, calls in run_distributed(run_grouped, 2, deepspeed=True, timeout_s=600):
+        assert calls
+        verdicts = [
+            judge(cell, run, dense_run(cell.accumulation, cell.router), None)
+            for cell, run in zip(GROUPED, runs, strict=True)
+        ]
+        assert all(v.passed for v in verdicts), "\n" + verdict_table([v for v in verdicts if not v.passed])
 
 
 def test_a_wrong_run_does_not_pass():
