@@ -7,7 +7,7 @@
 ep 1 under ZeRO-2 and ZeRO-3, and expert parallelism over all ranks by weights and by tokens (`layouts.py` says what
 each synchronises). Cells differ in E * r and in tokens per rank; the layouts take turns within each round, and a round
 takes as long as the slowest rank. Memory is what the rank holds of the experts and the peak of a step above that. Then
-what `--expert_dispatch auto` would pick in each cell, and dense against grouped expert products on one rank.
+what `--expert_dispatch auto` would pick in each cell. `expert_compute.py` has the experts' products alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 import harness  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from expert_compute import compute_table, measure_compute  # noqa: E402
 from expert_layers import Sizes, Weights, expert_group  # noqa: E402
 from layouts import TOKENS, WEIGHTS, ZERO2, ZERO3, layout_step  # noqa: E402
 from ranks import on_ranks  # noqa: E402
@@ -137,8 +136,6 @@ def report(args: argparse.Namespace, result: dict) -> str:
         f"`auto` (measured at the start: {', '.join(f'{k} {v:.3g}' for k, v in link.items())}) picks the faster of "
         f"tokens and weights in {verdict['right']} of {verdict['cells']} cells where they differ by more than 20 %.",
     ]
-    if "compute" in result:
-        parts += ["## Dense-stacked and grouped expert products", compute_table(result["compute"])]
     return "\n\n".join([*parts, ""])
 
 
@@ -156,7 +153,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--rounds", type=int, default=15, help="most timed rounds of a cell")
     add("--least_rounds", type=int, default=3, help="fewest timed rounds of a cell")
     add("--seconds", type=float, default=15, help="aim of a cell between the two")
-    add("--compute", action=argparse.BooleanOptionalAction, default=True, help="dense against grouped, too")
     add("--output", type=Path, default=None, help="folder of layer.md and layer.json [benchmarks/results]")
     return parser.parse_args(argv)
 
@@ -166,8 +162,6 @@ def main() -> None:
     if args.device == "cpu":
         torch.set_num_threads(1)
     result = merge(on_ranks(measure, args.ranks, args.device, args))
-    if args.compute:
-        result["compute"] = measure_compute(args)
     values = {"setting": {k: v for k, v in vars(args).items() if k != "output"}, "machine": harness.machine()}
     values |= {"versions": versions(), "git_revision": git_revision(), "auto": judge(result["cells"]), **result}
     harness.write("layer", report(args, result), values, args.output)

@@ -49,7 +49,6 @@ def test_layout_does_not_change_training(world_size):
 
 
 GROUPED = [
-    Cell((2, 2), "2"),
     Cell((2, 2), "1", accumulation=2, checkpointing=True),
     Cell((2, 2), "2", router="topk, 32 experts of rank 16"),
     Cell((2, 2), "3", router="topk, 32 experts of rank 16"),
