@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ldmole_ds.distributed.topology import ExpertParallel
-from ldmole_ds.ops.expert_compute import dense_operations, grouped_operations, may_group_on
+from ldmole_ds.ops.expert_compute import dense_operations, grouped_operations, grouped_speed, may_group_on
 
 _PROBE_BYTES, _PROBE_ROUNDS = 1 << 20, 5
 # Tokens, width and stacked ranks of the product whose speed is measured: as skinny as the experts' are.
@@ -39,13 +39,13 @@ class Link:
     """What a collective of the EP group costs: ``latency`` in seconds, ``bandwidth`` in bytes per second and rank.
 
     ``flops`` is the speed of the expert products beside it, in operations per second; infinite: they are not weighed.
-    ``grouped``: where grouped products are cheaper, they are used.
+    ``grouped_flops`` is that of grouped products; 0: they are not used.
     """
 
     latency: float
     bandwidth: float
     flops: float = math.inf
-    grouped: bool = False
+    grouped_flops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,10 @@ def measure_link(topology: ExpertParallel, device: torch.device, itemsize: int =
     dtype = torch.bfloat16 if itemsize == 2 else torch.float32
     x, weight = (torch.zeros(rows, width, device=device, dtype=dtype) for rows in (tokens, ranks))
     flops = 2 * math.prod(_PROBE_PRODUCT) / median_seconds(lambda: x @ weight.t())
-    figures = [latency, sent / seconds, flops, may_group_on(device, dtype)]
-    figures = torch.tensor(figures, dtype=torch.float64, device=device)
+    grouped_flops = flops * grouped_speed() if may_group_on(device, dtype) else 0.0
+    figures = torch.tensor([latency, sent / seconds, flops, grouped_flops], dtype=torch.float64, device=device)
     dist.broadcast(figures, src=0)
-    *speeds, grouped = figures.tolist()
-    return Link(*speeds, bool(grouped))
+    return Link(*figures.tolist())
 
 
 def remote_ranks(ep_size: int, num_experts: int, num_projections: int, active_experts: float) -> float:
@@ -198,8 +197,10 @@ def choose_dispatch(
 
     def products_seconds(rows: float, experts: int) -> float:
         layer = (experts, r, in_features, out_features)
-        dense, grouped = dense_operations(rows, *layer), grouped_operations(pairs, rows, *layer)
-        return (min(dense, grouped) if link.grouped else dense) / link.flops
+        dense = dense_operations(rows, *layer) / link.flops
+        if not link.grouped_flops:
+            return dense
+        return min(dense, grouped_operations(pairs, rows, *layer) / link.grouped_flops)
 
     tokens_seconds = phases_seconds(tokens, link) + products_seconds(workload.tokens + rows, num_experts // ep_size)
     weights_seconds = phases_seconds(weights, link) + products_seconds(workload.tokens, num_experts)

@@ -15,7 +15,7 @@ their costs in one unit. The environment variable ``LDMOLE_EXPERT_COMPUTE`` says
 
 Both give the same numbers up to rounding, so ranks may differ in their choice. ``auto`` is dense on a GPU, which the
 host would have to wait for to learn who is active, and in half precision, where dense products have units of their own.
-What ``torch.compile`` traces is dense whatever is set.
+What is traced without values, by ``torch.compile`` or the planner, is dense whatever is set.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ldmole_ds.ops.grouped_experts import GROUPED
 from ldmole_ds.ops.lora_experts import DENSE, Products
@@ -56,6 +57,11 @@ def _width(in_features: int, out_features: Sequence[int]) -> int:
     return len(out_features) * in_features + sum(out_features)
 
 
+def grouped_speed() -> float:
+    """Of grouped products beside that of dense ones: large products use all threads, small ones a single one."""
+    return 1 / torch.get_num_threads()
+
+
 def may_group_on(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products of this dtype may be grouped there, in a layer large enough.
 
@@ -81,7 +87,8 @@ def may_be_grouped(rows: int, lora_A: Tensor, out_features: Sequence[int]) -> bo
     Raises:
         ValueError: As `may_group_on`.
     """
-    if torch.compiler.is_compiling() or not may_group_on(lora_A.device, lora_A.dtype):
+    has_values = not (torch.compiler.is_compiling() or isinstance(lora_A, FakeTensor))
+    if not has_values or not may_group_on(lora_A.device, lora_A.dtype):
         return False
     # A token has an expert here as a rule: with fewer pairs than that a small layer loses little.
     return _is_forced() or _grouped_is_cheaper(rows * len(out_features), rows, lora_A, out_features)
@@ -107,5 +114,5 @@ def _is_forced() -> bool:
 
 
 def _grouped_is_cheaper(pairs: int, rows: int, lora_A: Tensor, out_features: Sequence[int]) -> bool:
-    _, e, r, d = lora_A.shape
-    return grouped_operations(pairs, rows, e, r, d, out_features) < dense_operations(rows, e, r, d, out_features)
+    layer = (*lora_A.shape[1:], out_features)
+    return grouped_operations(pairs, rows, *layer) < dense_operations(rows, *layer) * grouped_speed()

@@ -115,10 +115,10 @@ def test_grouped_products_weigh_as_much_in_either():
     sizes = {**SIZES, "ep_size": 2, "num_experts": 64, "r": 32, "out_features": [576]}
     workload = Workload(tokens=4096, active_experts=2)
     dense = choose_dispatch(workload, Link(50e-6, 1e9, flops=3e10), **sizes)
-    grouped = choose_dispatch(workload, Link(50e-6, 1e9, flops=3e10, grouped=True), **sizes)
+    grouped = choose_dispatch(workload, Link(50e-6, 1e9, flops=3e10, grouped_flops=3e10), **sizes)
     assert grouped.tokens_seconds < dense.tokens_seconds / 2 and grouped.weights_seconds < dense.weights_seconds / 2
     assert (dense.mode, grouped.mode) == ("tokens", "weights")
-    paper = [choose_dispatch(workload, Link(50e-6, 1e9, 3e10, g), **SIZES).tokens_seconds for g in (False, True)]
+    paper = [choose_dispatch(workload, Link(50e-6, 1e9, 3e10, g), **SIZES).tokens_seconds for g in (0.0, 3e10)]
     assert paper[0] == paper[1]
 
 

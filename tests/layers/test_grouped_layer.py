@@ -70,6 +70,7 @@ def test_outputs_and_all_gradients_equal_the_dense_layer(router, in_parts, monke
 @pytest.mark.parametrize(("size", "expected"), [((4, 2), 0), ((64, 64), 3)], ids=["small", "large"])
 def test_the_layer_chooses_by_size(size, expected, monkeypatch, grouped_calls):
     monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     group = make_group(num_experts=size[0], r=size[1], router=build_router("topk", topk=1))
     x = torch.randn(1, 8192, D)
     for layer in projections(group):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldmole_ds.ops import expert_compute as module
 from ldmole_ds.ops.expert_compute import choose_products, dense_operations, grouped_operations, may_be_grouped
@@ -14,6 +15,7 @@ PAPER, LARGE = (8, 8), (128, 32)
 @pytest.fixture(autouse=True)
 def auto(monkeypatch):
     monkeypatch.delenv(module.SWITCH, raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
 
 def layer(size, rows=1024, support=2, projections=1, d=64, **kinds):
@@ -51,9 +53,21 @@ def test_large_experts_that_few_tokens_use_are_grouped():
     assert chosen(LARGE, rows=0) == "dense"
 
 
+def test_many_threads_favour_dense_products(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert chosen(LARGE, support=2) == "dense"
+
+
 def test_a_gpu_and_half_precision_are_dense():
     assert chosen(LARGE, dtype=torch.bfloat16) == chosen(LARGE, dtype=torch.float16) == "dense"
     assert chosen(LARGE, device="meta") == "dense"  # as on a GPU: the data cannot be read
+
+
+def test_what_is_traced_without_values_is_dense(monkeypatch):
+    for switch in ("auto", "grouped"):
+        monkeypatch.setenv(module.SWITCH, switch)
+        with FakeTensorMode():
+            assert chosen(LARGE) == "dense"
 
 
 def test_the_switch(monkeypatch):
