@@ -70,7 +70,7 @@ def apply_experts(x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights) -> Te
     if not experts.low_rank:
         return lora_experts(x_TD, w_TGE, experts.lora_A, experts.lora_B, experts.scaling)
     if experts.h is None:
-        h, _, _ = shared_input(x_TD, experts.lora_A, None, None)
+        h, *_ = shared_input(x_TD, experts.lora_A, None, None)
         experts = replace(experts, h=h)
     return low_rank_updates(w_TGE, experts)
 
