@@ -86,7 +86,7 @@ def expert_updates(x_TD: Tensor, w_TGe: Tensor, experts: ExpertWeights) -> list[
         factors = zip(w_TGe.split(1, dim=1), lora_A.split(1), lora_B, strict=True)
         return [GroupedUpdate(x_TD, w_T1e, A_1, B, scaling) for w_T1e, A_1, B in factors]
     if h is None:
-        h, _, _ = shared_input(x_TD, lora_A, None, None)
+        h, *_ = shared_input(x_TD, lora_A, None, None)
     factors = zip(h, w_TGe.permute(1, 2, 0).unbind(0), lora_B, strict=True)
     return [LowRankUpdate(h_XT, p_eT, B, scaling) for h_XT, p_eT, B in factors]
 

@@ -33,8 +33,7 @@ class AdaptedLinear(nn.Module):
             return self.base_layer(x)
         if self.group.overlaps:
             return self.group.output_of(self.member, x)
-        update = self.group.update_of(self.member, x)
-        return self.add(update, self.base_layer(x))
+        return self.group.product_of(self.member, x)
 
     def add(self, update: Tensor | Update, y: Tensor) -> Tensor:
         """The frozen layer's output ``y`` with the update, in place where nobody else has seen it."""

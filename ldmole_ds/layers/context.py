@@ -53,6 +53,16 @@ class ForwardContext:
     recording: bool = True
     target_num_experts: int = 2
     records: list[RoutingRecord] = field(default_factory=list)
+    _has_padding: bool | None = field(default=None, init=False)
+
+    def has_padding(self) -> bool:
+        """Whether some token may be padding. Looking into the mask would make a GPU wait, and cannot be traced."""
+        if self._has_padding is None:
+            mask = self.padding_mask
+            if mask is None or mask.device.type != "cpu" or torch.compiler.is_compiling():
+                return mask is not None
+            self._has_padding = not bool(mask.all())
+        return self._has_padding
 
     def token_mask(self, x: Tensor) -> Tensor | None:
         """``(T,)`` mask of the rows of ``x (..., D)`` flattened, or None where the mask does not describe them."""

@@ -35,10 +35,13 @@ from ldmole_ds.layers.context import ContextHolder, ForwardContext, RoutingRecor
 from ldmole_ds.layers.lambda_mlp import LambdaMLP
 from ldmole_ds.layers.member_results import MemberResults
 from ldmole_ds.layers.routers import Router
+from ldmole_ds.ops.autocast import without_autocast
 from ldmole_ds.ops.dropout import dropout
 from ldmole_ds.ops.expert_compute import may_be_grouped
+from ldmole_ds.ops.frozen_product import frozen_product, is_plain
 from ldmole_ds.ops.fused_routing import RoutingSpec, fused_routing, uses_fused_routing
 from ldmole_ds.ops.grouped_update import Update
+from ldmole_ds.ops.low_rank_update import LowRankUpdate
 from ldmole_ds.ops.shared_input import shared_input
 
 
@@ -104,6 +107,7 @@ class InputGroup(nn.Module):
         else:
             self.__dict__["lambda_mlp"] = lambda_mlp
         self.results = MemberResults(self.members)
+        self._handed_on: Tensor | None = None
         # Filled by the adapted layers, which own their frozen layers: not registered here.
         self.__dict__["layers"] = [None] * len(members)
 
@@ -138,28 +142,51 @@ class InputGroup(nn.Module):
         """``W x`` and the update for one member, ``(..., D) -> (..., O_g)``; `overlaps` only."""
         return self.results.take(member, x, lambda: self(x, with_frozen=True))
 
-    def update_of(self, member: int, x: Tensor) -> Tensor | Update:
-        """The update for one member, as it is or in factors."""
+    def product_of(self, member: int, x: Tensor) -> Tensor:
+        """The frozen layer's output with the update for one member, ``(..., D) -> (..., O_g)``."""
+        layer = self.layers[member]
+        plain = not torch.compiler.is_compiling() and is_plain(layer.base_layer, x)
+        update = self.update_of(member, x, hand_on=plain)
+        x_TD, more = self._handed_on, self.results.pending is not None
+        self._handed_on = x_TD if more else None
+        in_factors = isinstance(update, LowRankUpdate) and update.h_XT.dtype == x.dtype
+        if not plain or not in_factors or x_TD is None:
+            return layer.add(update, layer.base_layer(x))
+        y, x_TD = frozen_product(layer.base_layer, x_TD, update, x.shape[:-1], hand_on=more)
+        self._handed_on = x_TD if more else None
+        return y
+
+    def update_of(self, member: int, x: Tensor, hand_on: bool = False) -> Tensor | Update:
+        """The update for one member, as it is or in factors.
+
+        ``hand_on``: the caller will read ``_handed_on`` instead of x, in a `frozen_product`.
+        """
         # ZeRO-3 holds lora_B together only while this module runs, and torch.compile fuses by itself.
         low_rank = not torch.compiler.is_compiling() and not is_zero3_parameter(self.lora_A)
-        return self.results.take(member, x, lambda: self(x, low_rank=low_rank))
+        return self.results.take(member, x, lambda: self(x, low_rank=low_rank, hand_on=hand_on and low_rank))
 
     def clear(self) -> None:
         """Forget a result that not all members have taken (they need not all be called)."""
-        self.results.pending = None
+        self.results.pending = self._handed_on = None
 
-    def forward(self, x: Tensor, low_rank: bool = False, with_frozen: bool = False) -> Sequence[Tensor | Update]:
+    def forward(
+        self, x: Tensor, low_rank: bool = False, with_frozen: bool = False, hand_on: bool = False
+    ) -> Sequence[Tensor | Update]:
         """``(..., D) -> G updates (..., O_g)`` in the dtype of ``x``; with ``low_rank`` in factors where there are.
 
-        ``with_frozen``: the frozen layers' outputs with their updates instead (`overlaps` only).
+        ``with_frozen``: the frozen layers' outputs with their updates instead (`overlaps` only). ``hand_on``: see
+        `update_of`.
         """
         context = self._context()
         # Autocast would compute the router in half precision and mix the dtypes of the experts' products.
-        with torch.autocast(x.device.type, enabled=False):
-            x_TD = x.reshape(-1, self.in_features).to(self.lora_A.dtype)
+        with without_autocast(x):
+            raw_TD = x.reshape(-1, self.in_features)
+            x_TD = raw_TD.to(self.lora_A.dtype)
             if self.dropout and self.training:
                 x_TD = dropout(x_TD, self.dropout)
-            h, probs_TGE, destinations = self._route(x_TD, context.token_mask(x), context, low_rank or with_frozen)
+            same, mask_T, in_factors = x_TD is raw_TD, context.token_mask(x), low_rank or with_frozen
+            h, probs_TGE, destinations, next_TD = self._route(x_TD, mask_T, context, in_factors, hand_on and same)
+            self._handed_on = (next_TD if same else raw_TD) if hand_on else None
             experts = ExpertWeights(self.lora_A, list(self.lora_B), self.scaling, low_rank, h)
             if not with_frozen:
                 updates = self.dispatcher.run(x_TD, probs_TGE, experts, self.name)
@@ -178,11 +205,11 @@ class InputGroup(nn.Module):
         done = list(itertools.accumulate(self.out_features))
         first = 1 + sum(2 * o < done[-1] for o in done[:-1])
         outputs = [layer.base_layer(x) for layer in self.layers[:first]]
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             remote.compute()
         outputs += [layer.base_layer(x) for layer in self.layers[first:]]
         dtype = experts.lora_A.dtype
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             own = expert_updates(x_TD, self.dispatcher.own(probs_TGE).to(dtype), experts)
             # Experts in float32 beside a half-precision base are summed before they are rounded.
             totals = [
@@ -204,13 +231,13 @@ class InputGroup(nn.Module):
         return context
 
     def _route(
-        self, x_TD: Tensor, mask_T: Tensor | None, context: ForwardContext, low_rank: bool
-    ) -> tuple[Sequence[Tensor] | None, Tensor, Tensor | None]:
-        """``x A^T`` by projection where it is sure to be used; routing weights ``(T, G, E)``; where tokens go.
+        self, x_TD: Tensor, mask_T: Tensor | None, context: ForwardContext, low_rank: bool, hand_on: bool
+    ) -> tuple[Sequence[Tensor] | None, Tensor, Tensor | None, Tensor]:
+        """``x A^T`` by projection where it is sure to be used; routing weights ``(T, G, E)``; where tokens go; x.
 
         The first is not computed where the dispatcher has no use for it, or where routing may leave few experts to
         compute. The weights are zero for tokens that are not routed, and float32 but for the fused kernel's. In memory
-        both have the tokens innermost. The last is None unless tokens travel and the kernel has found it
+        both have the tokens innermost. Where tokens go is None unless they travel and the kernel has found it
         (`Routing.destinations`).
         """
         num_tokens, num_members = x_TD.shape[0], len(self.members)
@@ -220,7 +247,7 @@ class InputGroup(nn.Module):
             lora_A = self.lora_A
         if self.router.uses_lambda:
             first_layer = self.lambda_mlp.first_layer
-        h, logits, hidden_HT = shared_input(x_TD, lora_A, self.gate, first_layer)
+        h, logits, hidden_HT, x_TD = shared_input(x_TD, lora_A, self.gate, first_layer, hand_on)
         if logits is None:
             logits = x_TD.new_zeros(num_members * self.num_experts, num_tokens, dtype=torch.float32)
         logits, sums, destinations = logits.view(num_members, self.num_experts, num_tokens), None, None
@@ -234,12 +261,12 @@ class InputGroup(nn.Module):
             if hidden_HT is not None:
                 lam_T, live_units_H = self.lambda_mlp.lambda_of(hidden_HT)
             probs = self.router.weights(logits, lam_T)
-            if mask_T is not None and self.mask_padding:
+            if mask_T is not None and self.mask_padding and context.has_padding():
                 probs = torch.where(mask_T, probs, 0.0)
         logits, probs = logits.permute(2, 0, 1), probs.permute(2, 0, 1)
         if context.recording and self.gate is not None:
             context.records.append(RoutingRecord(self.name, logits, probs, lam_T, mask_T, live_units_H, sums))
-        return h, probs, destinations
+        return h, probs, destinations, x_TD
 
     def extra_repr(self) -> str:
         held = self.topology.local_experts(self.num_experts)

@@ -55,8 +55,8 @@ class LambdaMLP(nn.Module):
     def logit_of(self, hidden_HT: Tensor) -> tuple[Tensor, Tensor]:
         """From the hidden units: logsigmoid's argument ``(T,) float32, live units (H,) bool without gradient``."""
         dtype = hidden_HT.dtype
-        bias_T = self.bias_out.to(dtype).expand(hidden_HT.shape[1])
-        logit_T = torch.addmv(bias_T, hidden_HT.t(), self.weight_out[0].to(dtype))
+        # As a product of matrices: the gradient of the hidden units then lies in memory as they do.
+        logit_T = torch.addmm(self.bias_out.to(dtype), self.weight_out.to(dtype), hidden_HT)[0]
         live_units_H = hidden_HT.detach().sum(1) > 0  # a sum is much quicker than any() and the units are not negative
         return logit_T, live_units_H
 

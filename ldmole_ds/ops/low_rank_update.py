@@ -10,11 +10,13 @@ kept for backward: it needs h and p alone, since the gradient of y is that of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ldmole_ds.ops.autocast import without_autocast
 
 
 def _weighted(h_XT: Tensor, p_eT: Tensor, scaling: float) -> Tensor:
@@ -28,37 +30,48 @@ def _by_expert(h_XT: Tensor, p_eT: Tensor) -> Tensor:
     return h_XT.view(e, h_XT.shape[0] // e, t)
 
 
+def add_product(y_TO: Tensor, h_XT: Tensor, p_eT: Tensor, lora_B: Tensor, scaling: float) -> None:
+    """Add the sum to y in place; no graph."""
+    y_TO.addmm_(_weighted(h_XT, p_eT, scaling).t(), lora_B.reshape(-1, y_TO.shape[1]))
+
+
+def product_gradients(
+    grad_TO: Tensor, h_XT: Tensor, p_eT: Tensor, lora_B: Tensor, scaling: float, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those of `add_product` for h, p and lora_B, as far as they are needed."""
+    need_h, need_p, need_B = needed
+    grad_h = grad_p = grad_B = None
+    if need_B:
+        grad_B = (_weighted(h_XT, p_eT, scaling) @ grad_TO).view_as(lora_B)
+    if need_h or need_p:
+        grad_hp = _by_expert(lora_B.reshape(-1, grad_TO.shape[1]) @ grad_TO.t(), p_eT)
+    if need_p:
+        grad_p = (grad_hp * _by_expert(h_XT, p_eT)).sum(1).mul_(scaling)
+    if need_h:
+        grad_h = grad_hp.mul_((p_eT * scaling).unsqueeze(1)).view(h_XT.shape)
+    return grad_h, grad_p, grad_B
+
+
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, h_XT, p_eT, lora_B, scaling, in_place):
         ctx.save_for_backward(h_XT, p_eT, lora_B)
         ctx.scaling = scaling
-        o = y.shape[-1]
-        with torch.autocast(y.device.type, enabled=False):
+        with without_autocast(y):
             if in_place:
                 ctx.mark_dirty(y)
             else:
                 y = y.clone(memory_format=torch.contiguous_format)  # not a view: more may be added in place
-            y.view(-1, o).addmm_(_weighted(h_XT, p_eT, scaling).t(), lora_B.reshape(-1, o))
+            add_product(y.view(-1, y.shape[-1]), h_XT, p_eT, lora_B, scaling)
             return y
 
     @staticmethod
     def backward(ctx, grad):
-        h_XT, p_eT, lora_B = ctx.saved_tensors
-        need_h, need_p, need_B = ctx.needs_input_grad[1:4]
-        grad_h = grad_p = grad_B = None
-        with torch.autocast(grad.device.type, enabled=False):
-            grad = grad.contiguous()
+        grad = grad.contiguous()
+        with without_autocast(grad):
             grad_TO = grad.view(-1, grad.shape[-1])
-            if need_B:
-                grad_B = (_weighted(h_XT, p_eT, ctx.scaling) @ grad_TO).view_as(lora_B)
-            if need_h or need_p:
-                grad_hp = _by_expert(lora_B.reshape(-1, grad_TO.shape[1]) @ grad_TO.t(), p_eT)
-            if need_p:
-                grad_p = (grad_hp * _by_expert(h_XT, p_eT)).sum(1).mul_(ctx.scaling)
-            if need_h:
-                grad_h = grad_hp.mul_((p_eT * ctx.scaling).unsqueeze(1)).view(h_XT.shape)
-        return grad, grad_h, grad_p, grad_B, None, None
+            grads = product_gradients(grad_TO, *ctx.saved_tensors, ctx.scaling, ctx.needs_input_grad[1:4])
+        return grad, *grads, None, None
 
 
 def add_update(y: Tensor, dtype: torch.dtype, in_place: bool, add: Callable[[Tensor, bool], Tensor]) -> Tensor:

@@ -28,10 +28,13 @@ FirstLayer = tuple[Tensor, Tensor]
 
 
 class _SharedInput(torch.autograd.Function):
-    """Results: one for each projection of lora_A, then those in float32, of which the last has bias and ReLU."""
+    """Results: one for each projection of lora_A, then those in float32, of which the last has bias and ReLU.
+
+    With ``hand_on`` also x, for `ldmole_ds.ops.frozen_product`: backward adds to what comes back, in place.
+    """
 
     @staticmethod
-    def forward(ctx, x_TD, bias_H, lora_A, *routing):
+    def forward(ctx, hand_on, x_TD, bias_H, lora_A, *routing):
         results: list[Tensor] = []
         for weights, wide in _products(x_TD.dtype, lora_A, routing):
             sizes = [rows for w in weights for rows in _piece_sizes(w, w is lora_A)]
@@ -40,17 +43,19 @@ class _SharedInput(torch.autograd.Function):
         if bias_H is not None:
             results[-1].add_(_cast(bias_H, True).unsqueeze(1)).relu_()
         ctx.save_for_backward(x_TD, None if bias_H is None else results[-1], lora_A, *routing)
-        return tuple(results)
+        ctx.hand_on = hand_on
+        return (*results, x_TD.detach()) if hand_on else tuple(results)
 
     @staticmethod
     def backward(ctx, *grads):
         x_TD, hidden_HT, lora_A, *routing = ctx.saved_tensors
         grads, grad_bias = list(grads), None
+        grad_x = grads.pop() if ctx.hand_on else None
         if hidden_HT is not None:
             grads[-1] = torch.ops.aten.threshold_backward(grads[-1], hidden_HT, 0)
             grad_bias = grads[-1].sum(1).to(ctx.bias_dtype)
-        need_x, _, *need_weights = ctx.needs_input_grad
-        grad_x, grad_weights = None, [] if lora_A is not None else [None]
+        _, need_x, _, *need_weights = ctx.needs_input_grad
+        grad_weights = [] if lora_A is not None else [None]
         for weights, wide in _products(x_TD.dtype, lora_A, routing):
             pieces = sum(len(_piece_sizes(w, w is lora_A)) for w in weights)
             grad_NT, grads = torch.cat(grads[:pieces]), grads[pieces:]
@@ -60,7 +65,7 @@ class _SharedInput(torch.autograd.Function):
                 product = _gradient_of_weights(grad_NT, weights, x_TD, wide)
                 rows = product.split([w.numel() // w.shape[-1] for w in weights])
                 grad_weights += [row.view(w.shape) for row, w in zip(rows, weights, strict=True)]
-        return grad_x, grad_bias, *(grad_weights if any(need_weights) else [None] * len(need_weights))
+        return None, grad_x, grad_bias, *(grad_weights if any(need_weights) else [None] * len(need_weights))
 
 
 def _rows_times_x(weights: Sequence[Tensor], x_TD: Tensor, wide: bool) -> Tensor:
@@ -77,7 +82,10 @@ def _gradient_of_x(
     if wide and _on_tensor_cores(x_TD, weights):
         factors = _in_two(grad_NT, x_TD.dtype).t(), _stacked(weights, False).repeat(2, 1)
         return torch.mm(*factors) if grad_x is None else grad_x.addmm_(*factors)
-    product = (grad_NT.t() @ _stacked(weights, wide)).to(x_TD.dtype)
+    factors = grad_NT.t(), _stacked(weights, wide)
+    if grad_x is not None and grad_x.dtype == grad_NT.dtype:
+        return grad_x.addmm_(*factors)
+    product = torch.mm(*factors).to(x_TD.dtype)
     return product if grad_x is None else grad_x.add_(product)
 
 
@@ -130,8 +138,12 @@ def _stacked(weights: Sequence[Tensor], wide: bool) -> Tensor:
 
 
 def shared_input(
-    x_TD: Tensor, lora_A: Tensor | None, gate: Tensor | None, first_layer: FirstLayer | None
-) -> tuple[list[Tensor] | None, Tensor | None, Tensor | None]:
+    x_TD: Tensor,
+    lora_A: Tensor | None,
+    gate: Tensor | None,
+    first_layer: FirstLayer | None,
+    hand_on: bool = False,
+) -> tuple[list[Tensor] | None, Tensor | None, Tensor | None, Tensor]:
     """All products of one input; see the module docstring.
 
     Args:
@@ -139,21 +151,24 @@ def shared_input(
         lora_A: ``(G, e, r, D)`` in the dtype of x; None when it is not wanted here.
         gate: ``(G, E, D)`` router weights, or None.
         first_layer: Weight ``(H, D)`` and bias ``(H,)`` of the lambda MLP's first layer, or None.
+        hand_on: One product, and nothing else, will read the returned x (`ldmole_ds.ops.frozen_product`).
 
     Returns:
         h, G times ``(e * r, T)`` in the dtype of x; logits ``(G * E, T)`` and hidden ``(H, T)`` after the ReLU, both
-        float32 (float64 for float64 input); None for what was not asked for.
+        float32 (float64 for float64 input); None for what was not asked for. Last x, as it is.
     """
     if torch.compiler.is_compiling():
-        return shared_input_reference(x_TD, lora_A, gate, first_layer)
+        return *shared_input_reference(x_TD, lora_A, gate, first_layer), x_TD
     weight_in, bias_in = first_layer or (None, None)
     routing = [w for w in (gate, weight_in) if w is not None]
     if lora_A is None and not routing:
-        return None, None, None
-    results = list(_SharedInput.apply(x_TD, bias_in, lora_A, *routing))
+        return None, None, None, x_TD
+    hand_on = hand_on and x_TD.requires_grad and torch.is_grad_enabled()
+    results = list(_SharedInput.apply(hand_on, x_TD, bias_in, lora_A, *routing))
+    x_TD = results.pop() if hand_on else x_TD
     hidden = None if first_layer is None else results.pop()
     logits = None if gate is None else results.pop()
-    return None if lora_A is None else results, logits, hidden
+    return None if lora_A is None else results, logits, hidden, x_TD
 
 
 def shared_input_reference(

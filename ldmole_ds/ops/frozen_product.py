@@ -1,0 +1,80 @@
+"""A frozen layer with the experts' sum, as one node of the graph that hands its input on.
+
+    y = W x + b + scaling * sum_i p_i B_i h_i        next x = x
+
+Projections that read the same x would each return a gradient of x, and autograd would add those tensors up one by one.
+Here each product returns x beside y for the next one to read. Backward runs the other way round: the gradient of x goes
+from hand to hand, and each product adds its own to it in place.
+
+Shape legend: T tokens, D in_features, O out_features, e experts, r rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import module as all_modules
+
+from ldmole_ds.ops.autocast import autocast_is_on
+from ldmole_ds.ops.low_rank_update import LowRankUpdate, add_product, product_gradients
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class _FrozenProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, weight, bias, h_XT, p_eT, lora_B, scaling, shape, hand_on):
+        ctx.save_for_backward(weight, h_XT, p_eT, lora_B)
+        ctx.scaling = scaling
+        y_TO = F.linear(x_TD, weight, bias)
+        add_product(y_TO, h_XT, p_eT, lora_B, scaling)
+        y = torch.ops.aten._unsafe_view(y_TO, [*shape, y_TO.shape[1]])  # not a view: it may be changed in place
+        return (y, x_TD.detach()) if hand_on else y
+
+    @staticmethod
+    def backward(ctx, grad, grad_next=None):
+        weight, h_XT, p_eT, lora_B = ctx.saved_tensors
+        grad_TO = grad.reshape(-1, grad.shape[-1])
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            # Nobody else has the gradient of an input that was handed on: the next product made it.
+            grad_x = grad_TO @ weight if grad_next is None else grad_next.addmm_(grad_TO, weight)
+        grads = product_gradients(grad_TO.contiguous(), h_XT, p_eT, lora_B, ctx.scaling, ctx.needs_input_grad[3:6])
+        return grad_x, None, None, *grads, None, None, None
+
+
+def is_plain(layer: nn.Module, x: Tensor) -> bool:
+    """Whether calling this frozen layer on x is a product with its weight and nothing else.
+
+    Not if it is quantised or otherwise special, if hooks or a replaced ``forward`` wait for the call (ZeRO-3 and
+    offloading gather weights in them), or if autocast would change the product's dtype.
+    """
+    if type(layer) is not nn.Linear or "forward" in layer.__dict__ or any(getattr(layer, name) for name in _HOOKS):
+        return False
+    if any(getattr(all_modules, f"_global{name}") for name in _HOOKS) or autocast_is_on(x):
+        return False
+    weight = layer.weight
+    trains = weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
+    return type(weight) in (nn.Parameter, Tensor) and weight.dtype == x.dtype and not trains
+
+
+def frozen_product(
+    layer: nn.Linear, x_TD: Tensor, update: LowRankUpdate, shape: torch.Size, hand_on: bool
+) -> tuple[Tensor, Tensor]:
+    """``layer(x)`` with the update, and x for the next product.
+
+    Args:
+        layer: For which `is_plain` holds.
+        x_TD: ``(T, D)`` in the dtype of the layer and the update.
+        update: The experts' sum, in factors.
+        shape: Of the tokens: that of the result without O.
+        hand_on: Whether another product will read the returned x; else it is x itself.
+
+    Returns:
+        ``(*shape, O)``, and ``(T, D)``, which nothing but that product may read.
+    """
+    factors = (update.h_XT, update.p_eT, update.lora_B, update.scaling)
+    hand_on = hand_on and x_TD.requires_grad and torch.is_grad_enabled()
+    found = _FrozenProduct.apply(x_TD, layer.weight, layer.bias, *factors, shape, hand_on)
+    return found if hand_on else (found, x_TD)
