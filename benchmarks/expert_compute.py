@@ -74,7 +74,8 @@ def measure(args: argparse.Namespace) -> list[dict]:
             grouped = _step(grouped_experts if on_cpu else plain_grouped_experts, leaves, cotangent)
             _check(dense(), grouped(), w)
             rounds = 12 if e * r * tokens <= 1 << 20 else 6
-            seconds = harness.interleaved({"dense": dense, "grouped": grouped}, rounds, warmup=1)
+            clock = time.process_time if on_cpu else time.perf_counter
+            seconds = harness.interleaved({"dense": dense, "grouped": grouped}, rounds, warmup=1, clock=clock)
             found.append({"E": e, "r": r, "tokens": tokens, "k": k, "seconds": seconds, **_choice(w, A, B)})
     return found
 
@@ -130,10 +131,11 @@ def cells_table(found: list[dict]) -> str:
 
 
 def report(args: argparse.Namespace, found: list[dict]) -> str:
+    cpu = ", CPU time of one thread" if args.device == "cpu" else ""
     verdict, micro = judge(found), [1e6 * cell["choosing"] for cell in found]
     parts = [
         "# Dense-stacked and grouped expert products",
-        f"One rank, D {args.in_features}, O {args.out_features}, {args.dtype}; forward and backward. Reproduce: "
+        f"One rank, D {args.in_features}, O {args.out_features}, {args.dtype}; forward and backward{cpu}. Reproduce: "
         f"`python benchmarks/expert_compute.py{harness.flags(args, parse([]))}`.",
         f"{harness.machine()}. {', '.join(f'{k} {v}' for k, v in versions().items())}.",
         cells_table(found),

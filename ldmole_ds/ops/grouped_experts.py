@@ -101,7 +101,7 @@ def add_experts(
 ) -> Pairs:
     """Each projection's sum is added to its ``(N, O_g)``. Columns of a wider tensor take several times as long."""
     active = w_NGe.permute(1, 2, 0) != 0
-    expert_P, token_P = active.flatten(0, 1).nonzero(as_tuple=True)
+    expert_P, token_P = active.flatten(0, 1).nonzero().t().contiguous()
     w_P = w_NGe.permute(1, 2, 0).masked_select(active)
     sizes = torch.bincount(expert_P, minlength=len(lora_B) * lora_A.shape[1])
     h_Pr = x_ND.new_empty(len(token_P), lora_A.shape[2])
