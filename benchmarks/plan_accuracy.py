@@ -42,10 +42,10 @@ from ldmole_ds.planner import (  # noqa: E402
     shape_of_config,
     trace_step,
 )
-from ldmole_ds.planner.calibrate import Calibration  # noqa: E402
 from ldmole_ds.planner.calibrate import measure as measure_machine  # noqa: E402
 from ldmole_ds.planner.calibrate_steps import zero_settings  # noqa: E402
 from ldmole_ds.planner.communication import expert_phases  # noqa: E402
+from ldmole_ds.planner.solve import Calibration, describe, solve  # noqa: E402
 from ldmole_ds.training.run_record import versions  # noqa: E402
 from tests.distributed_utils import run_distributed  # noqa: E402
 
@@ -304,7 +304,8 @@ def main() -> None:
             "# The planner against measurement",
             "",
             "`launch/plan.py` against DeepSpeed steps of two Llamas (hidden 64 with 2 layers; hidden 384 with 4), "
-            "8 experts on every projection, float32. Reproduce: `python benchmarks/plan_accuracy.py --rate_gbit 2 0.5`.",
+            "8 experts on every projection, float32. Reproduce (as root): `python "
+            "benchmarks/plan_accuracy.py --rate_gbit 2 0.5`.",
             "",
             f"{exact} of {len(lines)} cases have exact parameters, calls and bytes (given the rows that were "
             f"dispatched); {close} of {len(lines)} step times are within {100 * TIME_BAR:.0f} %, the others are bold. "

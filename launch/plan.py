@@ -232,7 +232,8 @@ def calibrate_here(path: str) -> None:
     import torch.distributed as dist
 
     from ldmole_ds.planner import write_calibration
-    from ldmole_ds.planner.calibrate import describe, measure, solve
+    from ldmole_ds.planner.calibrate import measure
+    from ldmole_ds.planner.solve import describe, solve
     from ldmole_ds.training.ranks import single_process
     from ldmole_ds.training.run import quiet_libraries
     from ldmole_ds.training.runtime import ranks_of_job, stop

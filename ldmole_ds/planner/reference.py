@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -55,9 +57,11 @@ class Reference:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(0, self.vocabulary, (self.batch.micro, self.batch.length), generator=generator)
 
+    @functools.cache  # noqa: B019  the references are constants
     def trace(self, num_experts: int = 8) -> StepTrace:
         """Operations of its step on one rank that has all experts."""
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             model = alone(get_ldmole_model(build_base(self.hf_config), self.adapter(num_experts)))
             return StepTrace(trace_model(model, self.ids(0)))
 
