@@ -2,7 +2,7 @@
 """launch/plan.py against measurement: real DeepSpeed steps of a small and a mid-sized model on gloo ranks.
 
     python benchmarks/plan_accuracy.py --output benchmarks/results/plan_accuracy.md
-    python benchmarks/plan_accuracy.py --rate_gbit 2 0.5      also over links limited to these rates (needs root and tc)
+    python benchmarks/plan_accuracy.py --rate_gbit 2 0.5 --delay_ms 1      also over slower links (needs root and tc)
 
 Per world size one job calibrates the planner (`ldmole_ds.planner.calibrate`, with a model that is none of the cases'),
 trains each case, and calibrates again; each time counts as the faster of the two measured it. With it the planner is
@@ -19,6 +19,7 @@ import platform
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -30,6 +31,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
+from benchmarks.delayed_link import DelayedLink, delayed_link, join  # noqa: E402
 from benchmarks.slow_link import enter_own_network, limited  # noqa: E402
 from ldmole_ds.config import LDMoLEConfig  # noqa: E402
 from ldmole_ds.planner import (  # noqa: E402
@@ -108,8 +110,10 @@ def cases(world_size: int) -> list[Case]:
 # ---- on the ranks ----
 
 
-def measure(rank: int, world_size: int, planned: list[Case]) -> dict:
-    """Speeds, and what each case did. Collective."""
+def measure(rank: int, world_size: int, planned: list[Case], link: DelayedLink | None = None) -> dict:
+    """Times of the calibration, and what each case did. Collective."""
+    if link:
+        join(link, rank)
     before = measure_machine(torch.device("cpu"))
     results = [measure_case(case) for case in planned]
     return {"times": before.best(measure_machine(torch.device("cpu"))), "results": results}
@@ -245,7 +249,7 @@ def predict(case: Case, world_size: int, found: Calibration, figures: dict) -> d
     }
 
 
-def row(case: Case, world_size: int, rate: float, figures: dict, planned: dict) -> tuple[str, bool, bool]:
+def row(case: Case, world_size: int, wire: str, figures: dict, planned: dict) -> tuple[str, bool, bool]:
     """A line of the table; whether counts are exact; whether the time is within the bar."""
     exact = planned["parameters"] == figures["parameters"] and set(planned["phases"]) == set(figures["phases"])
     for name, (calls, num_bytes) in figures["phases"].items():
@@ -255,7 +259,7 @@ def row(case: Case, world_size: int, rate: float, figures: dict, planned: dict) 
     sent = sum(num_bytes for _, num_bytes in figures["phases"].values())
     cells = [
         str(world_size),
-        f"{rate:g} Gbit/s" if rate else "-",
+        wire,
         str(case),
         f"{figures['parameters']['trainable']:,}",
         f"{sent / 1e6:.2f}",
@@ -269,7 +273,7 @@ def row(case: Case, world_size: int, rate: float, figures: dict, planned: dict) 
 
 
 HEAD = (
-    "| ranks | limit | case | trainable | sent by rank 0, MB | parameters, calls, bytes | planned, ms | "
+    "| ranks | wire | case | trainable | sent by rank 0, MB | parameters, calls, bytes | planned, ms | "
     "fastest of five (median), ms | time | activations and dispatch |\n|" + " --- |" * 10
 )
 
@@ -279,22 +283,26 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the table here as well")
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks")
     parser.add_argument("--rate_gbit", type=float, nargs="+", default=[], help="limits of the link, for 2 ranks")
+    parser.add_argument("--delay_ms", type=float, nargs="+", default=[], help="delays each way, for 2 ranks")
     arguments = parser.parse_args()
     if arguments.rate_gbit:
         enter_own_network()
     begin, lines, exact, close, notes = time.perf_counter(), [], 0, 0, []
     print(HEAD, flush=True)
-    for world_size, rate in [(w, 0.0) for w in arguments.worlds] + [(2, r) for r in arguments.rate_gbit]:
+    jobs = [(w, "-", nullcontext()) for w in arguments.worlds]
+    jobs += [(2, f"{rate:g} Gbit/s", limited(rate)) for rate in arguments.rate_gbit]
+    jobs += [(2, f"{delay:g} ms each way", delayed_link(2, delay)) for delay in arguments.delay_ms]
+    for world_size, wire, context in jobs:
         planned = cases(world_size)
-        if rate:
+        if wire != "-":
             planned = [c for c in planned if c.layout.zero_stage == 2 and not c.layout.checkpointing]
-        with limited(rate):
-            found = run_distributed(measure, world_size, planned, deepspeed=True, timeout_s=1500)[0]
+        with context as link:
+            found = run_distributed(measure, world_size, planned, link, deepspeed=not link, timeout_s=1500)[0]
         calibration = solve(found["times"])
-        notes.append(f"- {world_size} rank(s){f', {rate:g} Gbit/s' if rate else ''}: {describe(calibration)}")
+        notes.append(f"- {world_size} rank(s){f', {wire}' * (wire != '-')}: {describe(calibration)}")
         for case, figures in zip(planned, found["results"], strict=True):
             planned_figures = predict(case, world_size, calibration, figures)
-            text, is_exact, is_close = row(case, world_size, rate, figures, planned_figures)
+            text, is_exact, is_close = row(case, world_size, wire, figures, planned_figures)
             exact, close = exact + is_exact, close + is_close
             lines.append(text)
             print(text, flush=True)
@@ -305,13 +313,14 @@ def main() -> None:
             "",
             "`launch/plan.py` against DeepSpeed steps of two Llamas (hidden 64 with 2 layers; hidden 384 with 4), "
             "8 experts on every projection, float32. Reproduce (as root): `python "
-            "benchmarks/plan_accuracy.py --rate_gbit 2 0.5`.",
+            "benchmarks/plan_accuracy.py --rate_gbit 2 0.5 --delay_ms 1`.",
             "",
             f"{exact} of {len(lines)} cases have exact parameters, calls and bytes (given the rows that were "
             f"dispatched); {close} of {len(lines)} step times are within {100 * TIME_BAR:.0f} %, the others are bold. "
             "A step takes as long as its slowest rank; the fastest of five is compared, as other work on the machine "
             "only adds. The last column compares the bytes alive at the peak of forward and backward, counted tensor "
-            "by tensor.",
+            "by tensor. Limited wires are a token bucket on loopback (both ranks together); delayed ones are TUN "
+            "devices with a relay that holds every packet back, as the kernel has no netem.",
             "",
             f"{date.today()}, {os.cpu_count()} cores ({platform.machine()}), gloo, one thread per rank: 4 ranks share "
             f"them, and other work on the machine shows in the medians. Versions: {found_versions}. No GPU was used: "

@@ -222,7 +222,8 @@ def training_flags(argv: list[str]) -> list[str]:
         if word.startswith("--"):
             keep = word[2:].split("=")[0] in names | {"bf16", "fp16"}
         if keep:
-            kept.append(word)
+            # Training loads a folder; the planner reads its config.json as well.
+            kept.append(str(Path(word).parent) if Path(word).name == "config.json" else word)
     return kept
 
 

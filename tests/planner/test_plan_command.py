@@ -58,6 +58,7 @@ def test_a_plan_as_table_json_config_and_command(plan, model_file, tmp_path, cap
     trained = parse_flags(words[words.index("launch/train.py") + 1 :])
     assert (trained.ep_size, trained.expert_dispatch, trained.bf16) == ("4", "weights", True)
     assert (trained.per_device_train_batch_size, trained.gradient_accumulation_steps, trained.max_length) == (2, 2, 32)
+    assert trained.model_name_or_path == str(Path(model_file).parent)  # what can be loaded
     assert adapter_config(trained).r == 4 and adapter_config(trained).target_modules == ["q_proj", "v_proj"]
     config = read_ds_config(trained.deepspeed)
     check_ds_config(config, trained.deepspeed)
