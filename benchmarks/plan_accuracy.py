@@ -2,27 +2,26 @@
 """launch/plan.py against measurement: real DeepSpeed steps of a small and a mid-sized model on gloo ranks.
 
     python benchmarks/plan_accuracy.py --output benchmarks/results/plan_accuracy.md
-    python benchmarks/plan_accuracy.py --delay_ms 1      also with this delay on every packet (netem: needs root and tc)
+    python benchmarks/plan_accuracy.py --rate_gbit 2 0.5 --delay_ms 1      also over slower links (needs root and tc)
 
-Per world size one job measures the speeds that the planner needs (`ldmole_ds.planner.calibrate`), trains each case, and
-measures the speeds again; the better of the two is what the planner is given, and with it the rows that each dispatch
-really moved. Parameters, calls and bytes must be exact; step times are within 25 % or marked.
+Per world size one job calibrates the planner (`ldmole_ds.planner.calibrate`, with a model that is none of the cases'),
+trains each case, and calibrates again; each time counts as the faster of the two measured it. With it the planner is
+given the rows that each dispatch really moved. Parameters, calls and bytes must be exact; step times are within 25 % or
+marked.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import os
 import platform
-import signal
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -33,20 +32,24 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
+from benchmarks.delayed_link import DelayedLink, delayed_link, join  # noqa: E402
+from benchmarks.slow_link import enter_own_network, limited  # noqa: E402
 from ldmole_ds.config import LDMoLEConfig  # noqa: E402
 from ldmole_ds.planner import (  # noqa: E402
     Batch,
     Cluster,
-    Device,
     Job,
     Layout,
     Precision,
     Routing,
-    Wire,
     shape_of_config,
     trace_step,
 )
+from ldmole_ds.planner.calibrate import Times  # noqa: E402
+from ldmole_ds.planner.calibrate import measure as measure_machine  # noqa: E402
+from ldmole_ds.planner.calibrate_steps import zero_settings  # noqa: E402
 from ldmole_ds.planner.communication import expert_phases  # noqa: E402
+from ldmole_ds.planner.solve import Calibration, describe, solve  # noqa: E402
 from ldmole_ds.training.run_record import versions  # noqa: E402
 from tests.distributed_utils import run_distributed  # noqa: E402
 
@@ -109,22 +112,13 @@ def cases(world_size: int) -> list[Case]:
 # ---- on the ranks ----
 
 
-def measure(rank: int, world_size: int, planned: list[Case]) -> dict:
-    """Speeds, and what each case did. Collective."""
-    before = speeds(world_size)
+def measure(rank: int, world_size: int, planned: list[Case], link: DelayedLink | None = None) -> dict:
+    """Times of the calibration, and what each case did. Collective."""
+    if link:
+        join(link, rank)
+    before = measure_machine(torch.device("cpu"))
     results = [measure_case(case) for case in planned]
-    after = speeds(world_size)
-    return {"speeds": [before, after], "results": results}
-
-
-def speeds(world_size: int) -> tuple[Device, dict[int, Wire]]:
-    """One rank's speeds with all at work, and the link in groups of 2 and of all."""
-    from ldmole_ds.distributed import expert_parallel
-    from ldmole_ds.planner.calibrate import calibrate, calibrate_link
-
-    cpu = torch.device("cpu")
-    groups = {size for size in (2, world_size) if size <= world_size and size > 1}
-    return calibrate(cpu), {size: calibrate_link(expert_parallel(size), cpu) for size in sorted(groups)}
+    return {"times": before.best(measure_machine(torch.device("cpu"))), "results": results}
 
 
 def measure_case(case: Case) -> dict:
@@ -173,7 +167,7 @@ def measure_case(case: Case) -> dict:
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": layout.zero_stage},
+        "zero_optimization": zero_settings(layout.zero_stage, hf_config.hidden_size),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -203,8 +197,7 @@ def measure_case(case: Case) -> dict:
         times.append(slowest.item())
     stats = model.comm_stats
     figures |= {
-        "seconds": min(times[WARM:]),
-        "median": statistics.median(times[WARM:]),
+        "all_seconds": times[WARM:],
         "phases": {name: (stats.calls[name], stats.bytes[name]) for name in stats.calls},
         "rows": [_totals(rows[group.name], layout.checkpointing) for group in model.input_groups],
         "resident": _resident("VmHWM") - memory_before,
@@ -230,40 +223,22 @@ def _resident(name: str = "VmRSS") -> int:
 # ---- here ----
 
 
-@contextmanager
-def delayed(milliseconds: float) -> Iterator[None]:
-    """Delay every packet between the ranks of this machine; taken back whatever happens."""
-    if not milliseconds:
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends through the finally below
-    try:
-        subprocess.run(f"tc qdisc add dev lo root netem delay {milliseconds}ms".split(), check=True)
-        yield
-    finally:
-        subprocess.run("tc qdisc del dev lo root".split(), check=False)
-        signal.signal(signal.SIGTERM, previous)
+def fastest_of(runs: list[dict]) -> dict:
+    """Several runs of `measure` as one: each time by itself is the fastest, of the calibration as of the cases."""
+    times = functools.reduce(Times.best, (run["times"] for run in runs))
+    results = []
+    for found in zip(*(run["results"] for run in runs), strict=True):
+        seconds = sorted(t for figures in found for t in figures["all_seconds"])
+        results.append({**found[0], "seconds": seconds[0], "median": statistics.median(seconds)})
+    return {"times": times, "results": results}
 
 
-def best_speeds(found: list[tuple[Device, dict[int, Wire]]]) -> tuple[Device, dict[int, Wire]]:
-    """The better of the measurements before and after the cases, as other work on the machine only slows."""
-
-    def best(things: list) -> object:
-        costs = {"op_seconds", "latency"}
-        numbers = [f.name for f in fields(things[0]) if f.type == "float"]
-        values = {n: (min if n in costs else max)(getattr(t, n) for t in things) for n in numbers}
-        return replace(things[0], **values)
-
-    links = {size: best([wires[size] for _, wires in found]) for size in found[0][1]}
-    return best([device for device, _ in found]), links
-
-
-def predict(case: Case, world_size: int, device: Device, wires: dict[int, Wire], figures: dict) -> dict:
+def predict(case: Case, world_size: int, found: Calibration, figures: dict) -> dict:
     """The planner's figures for this case, given the rows that its dispatches moved."""
     hf_config, adapter, micro, length = MODELS[case.model]
     layout, batch, shape = case.layout, case.batch(), shape_of_config(hf_config, adapter)
-    wire = wires.get(layout.ep_size) or wires.get(world_size) or Wire(1e-6, 1e9)
-    cluster = Cluster(device, 1, world_size, wire, wire)
+    wire = found.wire(layout.ep_size)
+    cluster = Cluster(found.device, 1, world_size, wire, wire, found.costs)
     sent = statistics.mean(row[0] for row in figures["rows"])
     routing = Routing(adapter.num_experts, remote_ranks=sent / batch.tokens)
     trace = trace_step(hf_config, adapter, micro=micro, length=length, checkpointing=layout.checkpointing)
@@ -285,7 +260,7 @@ def predict(case: Case, world_size: int, device: Device, wires: dict[int, Wire],
     }
 
 
-def row(case: Case, world_size: int, delay: float, figures: dict, planned: dict) -> tuple[str, bool, bool]:
+def row(case: Case, world_size: int, wire: str, figures: dict, planned: dict) -> tuple[str, bool, bool]:
     """A line of the table; whether counts are exact; whether the time is within the bar."""
     exact = planned["parameters"] == figures["parameters"] and set(planned["phases"]) == set(figures["phases"])
     for name, (calls, num_bytes) in figures["phases"].items():
@@ -295,7 +270,7 @@ def row(case: Case, world_size: int, delay: float, figures: dict, planned: dict)
     sent = sum(num_bytes for _, num_bytes in figures["phases"].values())
     cells = [
         str(world_size),
-        f"{delay:g} ms" if delay else "-",
+        wire,
         str(case),
         f"{figures['parameters']['trainable']:,}",
         f"{sent / 1e6:.2f}",
@@ -309,8 +284,8 @@ def row(case: Case, world_size: int, delay: float, figures: dict, planned: dict)
 
 
 HEAD = (
-    "| ranks | delay | case | trainable | sent by rank 0, MB | parameters, calls, bytes | planned, ms | "
-    "fastest of five (median), ms | time | activations and dispatch |\n|" + " --- |" * 10
+    "| ranks | wire | case | trainable | sent by rank 0, MB | parameters, calls, bytes | planned, ms | "
+    "fastest (median), ms | time | activations and dispatch |\n|" + " --- |" * 10
 )
 
 
@@ -318,28 +293,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="write the table here as well")
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks")
-    parser.add_argument("--delay_ms", type=float, nargs="+", default=[], help="delays to add, for 2 ranks")
+    parser.add_argument("--rate_gbit", type=float, nargs="+", default=[], help="limits of the link, for 2 ranks")
+    parser.add_argument("--delay_ms", type=float, nargs="+", default=[], help="delays each way, for 2 ranks")
+    parser.add_argument(
+        "--runs", type=int, default=1, help="repeat everything so often; each time counts as the fastest"
+    )
     arguments = parser.parse_args()
+    if arguments.rate_gbit:
+        enter_own_network()
     begin, lines, exact, close, notes = time.perf_counter(), [], 0, 0, []
     print(HEAD, flush=True)
-    for world_size, delay in [(w, 0.0) for w in arguments.worlds] + [(2, d) for d in arguments.delay_ms]:
+    jobs = [(w, "-", nullcontext()) for w in arguments.worlds]
+    jobs += [(2, f"{rate:g} Gbit/s", limited(rate)) for rate in arguments.rate_gbit]
+    jobs += [(2, f"{delay:g} ms each way", delayed_link(2, delay)) for delay in arguments.delay_ms]
+    for world_size, wire, context in jobs:
         planned = cases(world_size)
-        if delay:
+        if wire != "-":
             planned = [c for c in planned if c.layout.zero_stage == 2 and not c.layout.checkpointing]
-        with delayed(delay):
-            found = run_distributed(measure, world_size, planned, deepspeed=True, timeout_s=1500)[0]
-        device, wires = best_speeds(found["speeds"])
-        link = "".join(
-            f", link of {size}: {w.latency * 1e6:.0f} us, {w.bandwidth / 1e9:.2f} GB/s" for size, w in wires.items()
-        )
-        notes.append(
-            f"- {world_size} rank(s){f', {delay:g} ms' if delay else ''}: {device.float_flops / 1e9:.1f} GFLOPS, "
-            f"{device.bandwidth / 1e9:.1f} GB/s, {device.op_seconds * 1e6:.1f} us per operation{link}"
-        )
-        for case, figures in zip(planned, found["results"], strict=True):
-            text, is_exact, is_close = row(
-                case, world_size, delay, figures, predict(case, world_size, device, wires, figures)
+        with context as link:
+            found = fastest_of(
+                [
+                    run_distributed(measure, world_size, planned, link, deepspeed=not link, timeout_s=1500)[0]
+                    for _ in range(arguments.runs)
+                ]
             )
+        calibration = solve(found["times"])
+        notes.append(f"- {world_size} rank(s){f', {wire}' * (wire != '-')}: {describe(calibration)}")
+        for case, figures in zip(planned, found["results"], strict=True):
+            planned_figures = predict(case, world_size, calibration, figures)
+            text, is_exact, is_close = row(case, world_size, wire, figures, planned_figures)
             exact, close = exact + is_exact, close + is_close
             lines.append(text)
             print(text, flush=True)
@@ -349,13 +331,16 @@ def main() -> None:
             "# The planner against measurement",
             "",
             "`launch/plan.py` against DeepSpeed steps of two Llamas (hidden 64 with 2 layers; hidden 384 with 4), "
-            "8 experts on every projection, float32. Reproduce: `python benchmarks/plan_accuracy.py --delay_ms 1`.",
+            "8 experts on every projection, float32. Reproduce (as root): `python "
+            "benchmarks/plan_accuracy.py --rate_gbit 2 0.5 --delay_ms 1`.",
             "",
             f"{exact} of {len(lines)} cases have exact parameters, calls and bytes (given the rows that were "
             f"dispatched); {close} of {len(lines)} step times are within {100 * TIME_BAR:.0f} %, the others are bold. "
-            "A step takes as long as its slowest rank; the fastest of five is compared, as other work on the machine "
-            "only adds. The last column compares the bytes alive at the peak of forward and backward, counted tensor "
-            "by tensor.",
+            f"A step takes as long as its slowest rank; the fastest of {STEPS * arguments.runs} is compared, as other "
+            "work on the machine only adds. The last column compares the bytes alive at the peak of forward and "
+            "backward, counted tensor "
+            "by tensor. Limited wires are a token bucket on loopback (both ranks together); delayed ones are TUN "
+            "devices with a relay that holds every packet back, as the kernel has no netem.",
             "",
             f"{date.today()}, {os.cpu_count()} cores ({platform.machine()}), gloo, one thread per rank: 4 ranks share "
             f"them, and other work on the machine shows in the medians. Versions: {found_versions}. No GPU was used: "
@@ -364,7 +349,8 @@ def main() -> None:
             HEAD,
             *lines,
             "",
-            "Speeds that the planner was given, measured before and after the cases:",
+            "What the planner was given, measured before and after the cases with a model that is none of them "
+            "(Llama, hidden 256 with 3 layers):",
             "",
             *notes,
             "",

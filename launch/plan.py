@@ -4,7 +4,7 @@
     python launch/plan.py --model_name_or_path meta-llama/Llama-3.1-8B --nodes 2 --gpus_per_node 8 --gpu h100 --bf16
     python launch/plan.py ... --json plan.json --write_config runs/planned
     python launch/plan.py --calibrate here.json                                     measures this machine
-    torchrun --nproc_per_node 2 launch/plan.py --calibrate here.json                with the link between two ranks
+    torchrun --nproc_per_node 2 launch/plan.py --calibrate here.json                with the link and expert parallelism
 
 No weights are read and no accelerator is needed. Model, adapter and batch flags are those of launch/train.py; an
 adapter to train on from is planned by its settings.
@@ -13,6 +13,7 @@ adapter to train on from is planned by its settings.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -88,7 +89,9 @@ class PlanArguments:
         None, "Write ds_config.json for the recommended layout into this folder, and print the launch command."
     )
     calibrate: str | None = field_with_help(
-        None, "Measure this machine, write this file (for --gpu), and stop. Under a launcher: the link too."
+        None,
+        "Measure this machine with DeepSpeed steps of a small reference model (half a minute), write this file (for "
+        "--gpu), and stop. Under a launcher also the link, and what expert parallelism and ZeRO-3 cost in a step.",
     )
 
 
@@ -219,7 +222,8 @@ def training_flags(argv: list[str]) -> list[str]:
         if word.startswith("--"):
             keep = word[2:].split("=")[0] in names | {"bf16", "fp16"}
         if keep:
-            kept.append(word)
+            # Training loads a folder; the planner reads its config.json as well.
+            kept.append(str(Path(word).parent) if Path(word).name == "config.json" else word)
     return kept
 
 
@@ -228,35 +232,28 @@ def calibrate_here(path: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from ldmole_ds.distributed import expert_parallel
-    from ldmole_ds.planner import Wire, write_calibration
-    from ldmole_ds.planner.calibrate import calibrate, calibrate_link
+    from ldmole_ds.planner import write_calibration
+    from ldmole_ds.planner.calibrate import measure
+    from ldmole_ds.planner.solve import describe, solve
+    from ldmole_ds.training.ranks import single_process
+    from ldmole_ds.training.run import quiet_libraries
+    from ldmole_ds.training.runtime import ranks_of_job, stop
 
-    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)  # before the time is spent
+    ranks = ranks_of_job() or single_process()
+    os.environ.update(ranks.environment())
+    quiet_libraries()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        torch.cuda.set_device(local)
-        device = torch.device("cuda", local)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    found = calibrate(device)
-    # One rank sends nothing.
-    wire = calibrate_link(expert_parallel(world), device) if world > 1 else Wire(1e-6, 1e9)
+        torch.cuda.set_device(ranks.local_rank)
+        device = torch.device("cuda", ranks.local_rank)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    say = functools.partial(print, "calibrating:", flush=True) if is_main_process() else lambda text: None
+    found = solve(measure(device, say))
     if is_main_process():
-        write_calibration(path, found, wire)
-        print(
-            f"{found.name}: {found.float_flops / 1e9:.1f} GFLOPS float32, {found.half_flops / 1e9:.1f} half, memory "
-            f"{found.bandwidth / 1e9:.1f} GB/s, {found.op_seconds * 1e6:.1f} us per operation; link "
-            + (
-                f"{wire.latency * 1e6:.0f} us, {wire.bandwidth / 1e9:.2f} GB/s"
-                if world > 1
-                else "not measured (1 rank)"
-            )
-            + f"; written to {path}"
-        )
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        write_calibration(path, found.device, found.wire(), found.costs)
+        print(f"{describe(found)}; written to {path}")
+    stop()
 
 
 def main(argv: list[str]) -> None:

@@ -33,6 +33,7 @@ FRAMEWORK_HOMES = {
         "distributed/zero.py",
         "training/",
         "parity/engine.py",
+        "planner/calibrate_steps.py",
     ),
     "transformers": ("model/", "tasks/", "training/", "analysis/", "parity/model.py", "planner/"),
 }

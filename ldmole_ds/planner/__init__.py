@@ -1,6 +1,7 @@
 """Plan before paying: parameters, memory, bytes and time of a run in every layout, from a configuration alone."""
 
 from ldmole_ds.planner.cluster import PRESETS, Cluster, Device, Wire, read_calibration, write_calibration
+from ldmole_ds.planner.costs import StepCosts
 from ldmole_ds.planner.estimate import Estimate, Job, layouts, recommend
 from ldmole_ds.planner.layout import Batch, Layout, Precision, Routing
 from ldmole_ds.planner.model_shape import ModelShape, load_config, shape_of, shape_of_config
@@ -18,6 +19,7 @@ __all__ = [
     "ModelShape",
     "Precision",
     "Routing",
+    "StepCosts",
     "StepTrace",
     "Wire",
     "launch_command",

@@ -1,104 +1,121 @@
-"""The speeds of the machine at hand, as the planner needs them.
+"""The times from which the planner learns the machine at hand; `ldmole_ds.planner.solve` derives speeds and costs.
 
-Products, memory and the cost of starting an operation are measured with all ranks at work at once, as they are in
-training, so that ranks which share cores or memory are slowed in the same way. The slowest rank counts. A large product
-reaches more than the many thin ones of a step do; where the host waits for each operation, a reference step says how
-much of it is reached.
+All ranks are at work at once, as they are in training, so that ranks which share cores or memory are slowed in the same
+way. A large product reaches more than the many thin ones of a step do: where the host waits for each operation, a
+reference step says how much of it is reached. What a step costs beyond that is what steps of the same model take longer
+in DeepSpeed's engine: with replicated experts, with each dispatch, and under ZeRO-3.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import LlamaConfig
 
-from ldmole_ds.config import LDMoLEConfig
-from ldmole_ds.distributed import ExpertParallel
-from ldmole_ds.distributed.dispatch_choice import measure_link
+from ldmole_ds.distributed import expert_parallel
 from ldmole_ds.model import LDMoLEModel, get_ldmole_model
-from ldmole_ds.planner.cluster import Device, Wire
-from ldmole_ds.planner.model_shape import build_base
-from ldmole_ds.planner.trace import Trace, op_seconds, trace_model
+from ldmole_ds.planner.calibrate_steps import reference_step
+from ldmole_ds.planner.layout import Layout
+from ldmole_ds.planner.reference import STARTING, THIN, Reference, alone
+from ldmole_ds.planner.timing import fastest
 
-_ROUNDS = 7
 # Rows, inner size and columns of the product; values of the elementwise sum: what layers of mid-sized models have.
-_PRODUCT = {"cpu": (512, 1024, 1024), "cuda": (8192, 8192, 8192)}
-_VALUES = {"cpu": 1 << 24, "cuda": 1 << 27}
-# Llama sizes, adapter and (rows, tokens) of two steps: one too small to compute much, one of thin products.
-_STARTING = (64, 96, 2, 4, 128), {"r": 4, "lambda_hidden_size": 16}, (2, 8)
-_REFERENCE = (256, 704, 3, 4, 2048), {"r": 8, "lambda_hidden_size": 64}, (4, 48)
-# Of the large product's speed: less, or more, is a measurement that went wrong.
-_LEAST_REACHED = 0.1
+PRODUCT = {"cpu": (512, 1024, 1024), "cuda": (8192, 8192, 8192)}
+VALUES = {"cpu": 1 << 24, "cuda": 1 << 27}
+_DTYPES = {"float": torch.float32, "half": torch.bfloat16}
+EXCHANGED = 1 << 20  # bytes
 
 
-def calibrate(device: torch.device | None = None) -> Device:
-    """Measure one rank of this job. Collective where ranks are up: all measure together."""
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind = "cuda" if device.type == "cuda" else "cpu"
-    speeds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        m, k, n = _PRODUCT[kind]
+@dataclass(frozen=True)
+class Times:
+    """What `measure` found.
+
+    Attributes:
+        name, memory, kind: Of the device; ``kind`` is cpu or cuda.
+        world_size: Ranks that measured together.
+        seconds: By what was timed.
+        dispatched: By ep_size, bytes that a rank sent in the dispatches of a reference step.
+    """
+
+    name: str
+    memory: float
+    kind: str
+    world_size: int
+    seconds: dict[str, float]
+    dispatched: dict[int, float]
+
+    def best(self, other: Times) -> Times:
+        """The faster of two measurements of the same machine, each time by itself: other work only adds."""
+        return replace(self, seconds={name: min(t, other.seconds[name]) for name, t in self.seconds.items()})
+
+    @property
+    def ep_sizes(self) -> list[int]:
+        """At which exchanges were timed."""
+        return sorted(self.dispatched)
+
+
+def measure(device: torch.device, say: Callable[[str], None] = lambda text: None) -> Times:
+    """Take all times. Collective: a process group is up, all ranks measure together.
+
+    Args:
+        device: Of this rank.
+        say: Called with each stage's name.
+    """
+    world, kind, seconds = dist.get_world_size(), device.type, {}
+    say("products and memory")
+    for name, dtype in _DTYPES.items():
+        m, k, n = PRODUCT[kind]
         a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
-        speeds[dtype] = 2 * m * k * n / _seconds(lambda a=a, b=b: a @ b.t(), device)
-    x = torch.randn(_VALUES[kind], device=device)
+        seconds[name] = fastest(lambda a=a, b=b: a @ b.t(), device)
+    x = torch.randn(VALUES[kind], device=device)
     y = torch.empty_like(x)
-    bandwidth = 3 * x.numel() * 4 / _seconds(lambda: torch.add(x, x, out=y), device)
+    seconds["sum"] = fastest(lambda: torch.add(x, x, out=y), device)
+    say("steps without communication")
+    experts = experts_for(world)
+    seconds["starting"] = _plain_step(STARTING, experts, device)
+    seconds["thin"] = _plain_step(THIN, experts, device)
+    dispatched = {}
+    for layout in reference_layouts(world):
+        say(f"training steps, {layout_name(layout)}")
+        found = reference_step(THIN, experts, layout, device)
+        seconds[layout_name(layout)] = found["seconds"]
+        if layout.dispatch == "tokens":
+            dispatched[layout.ep_size] = found["dispatched"]
+    for size in dispatched:
+        say(f"the link, groups of {size}")
+        for name, num_bytes in (("short", 4 * size), ("long", EXCHANGED)):
+            seconds[f"{name} exchange {size}"] = _exchange(size, num_bytes, device)
     memory = torch.cuda.get_device_properties(device).total_memory if kind == "cuda" else _host_memory()
     name = torch.cuda.get_device_name(device) if kind == "cuda" else "CPU rank"
-    found = Device(name, memory, speeds[torch.bfloat16], speeds[torch.float32], bandwidth, 0.0, kind == "cuda")
-    seconds, trace = _timed_step(*_STARTING, device)
-    starting = max(seconds - (0.0 if found.asynchronous else _busy(trace, found)), 0.0) / trace.calls
-    found = replace(found, op_seconds=starting)
-    return found if found.asynchronous else _as_reached(found, *_timed_step(*_REFERENCE, device))
+    return Times(name, memory, kind, world, seconds, dispatched)
 
 
-def _as_reached(device: Device, seconds: float, trace: Trace) -> Device:
-    """The speed of products such that the reference step takes as long as it did."""
-    moving = replace(device, half_flops=math.inf, float_flops=math.inf)
-    products = _busy(trace, device) - _busy(trace, moving)
-    left = seconds - trace.calls * device.op_seconds - _busy(trace, moving)
-    reached = min(max(products / left, _LEAST_REACHED), 1.0) if left > 0 else 1.0
-    return replace(device, half_flops=reached * device.half_flops, float_flops=reached * device.float_flops)
+def experts_for(world_size: int) -> int:
+    """Of a reference model: about eight, and a multiple of the ranks."""
+    return world_size * max(1, 8 // world_size)
 
 
-def _busy(trace: Trace, device: Device) -> float:
-    return sum(n * op_seconds(device, *op) for op, n in trace.ops.items())
+def reference_layouts(world_size: int) -> list[Layout]:
+    """In which steps are taken: replicated first."""
+    sizes = sorted({2, world_size} if world_size % 2 == 0 else {world_size} - {1})
+    stages = [Layout(), Layout(1, 3)] if world_size > 1 else [Layout()]
+    return stages + [Layout(size, 2, mode) for size in sizes for mode in ("weights", "tokens")]
 
 
-def calibrate_link(topology: ExpertParallel, device: torch.device) -> Wire:
-    """The wire between two ranks of the EP group, from the time of its all-to-all. Collective."""
-    link = measure_link(topology, device)
-    return Wire(link.latency / (topology.ep_size - 1), link.bandwidth)
+def layout_name(layout: Layout) -> str:
+    """Of its time."""
+    return f"{layout.dispatch}, ep_size {layout.ep_size}, ZeRO-{layout.zero_stage}"
 
 
-def _timed_step(
-    sizes: tuple[int, ...], adapter: dict[str, int], shape: tuple[int, int], where: torch.device
-) -> tuple[float, Trace]:
-    """Seconds of forward and backward of such a model, and its operations."""
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    config = LlamaConfig(**dict(zip(names, sizes, strict=True)), num_key_value_heads=sizes[3] // 2)
-    settings = LDMoLEConfig(lora_dropout=0.0, **adapter)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        trace = trace_model(
-            _alone(get_ldmole_model(build_base(config), settings)), torch.zeros(shape, dtype=torch.long)
-        )
-    model = _alone(get_ldmole_model(build_base(config).to(where), settings)).train()
-    ids = torch.zeros(shape, dtype=torch.long, device=where)
-    return _seconds(lambda: _step(model, ids), where), trace
-
-
-def _alone(model: LDMoLEModel) -> LDMoLEModel:
-    """Without the collective that counts tokens over all ranks."""
-    model.topology = ExpertParallel()
-    return model
+def _plain_step(reference: Reference, num_experts: int, device: torch.device) -> float:
+    """Seconds of forward and backward without an engine."""
+    model = alone(get_ldmole_model(reference.base(), reference.adapter(num_experts))).to(device).train()
+    ids = reference.ids(0).to(device)
+    return fastest(lambda: _step(model, ids), device)
 
 
 def _step(model: LDMoLEModel, ids: Tensor) -> Tensor:
@@ -107,20 +124,17 @@ def _step(model: LDMoLEModel, ids: Tensor) -> Tensor:
     return loss
 
 
-def _seconds(run: Callable[[], Tensor], device: torch.device) -> float:
-    """The fastest of several rounds that all ranks start together (other work only adds); the slowest rank's."""
-    together = dist.is_initialized() and dist.get_world_size() > 1
-    times = []
-    for _ in range(_ROUNDS + 2):
-        if together:
-            dist.barrier()
-        begin = time.perf_counter()
-        run().detach().flatten()[:1].cpu()  # wait for the device
-        times.append(time.perf_counter() - begin)
-    slowest = torch.tensor([min(times[2:])], dtype=torch.float64, device=device)
-    if together:
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return slowest.item()
+def _exchange(ep_size: int, num_bytes: int, device: torch.device) -> float:
+    """Seconds of an all-to-all in which a rank's whole buffer has so many bytes."""
+    group = expert_parallel(ep_size).ep_group
+    data = torch.zeros(num_bytes // 4 // ep_size * ep_size, device=device)
+    out = torch.empty_like(data)
+
+    def run() -> Tensor:
+        dist.all_to_all_single(out, data, group=group)
+        return out
+
+    return fastest(run, device)
 
 
 def _host_memory() -> int:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ldmole_ds.distributed.dispatch_choice import Link
+from ldmole_ds.planner.costs import StepCosts
 
 # Of the peaks: matrix products, device memory and links.
 REACHED = {"products": 0.5, "memory": 0.75, "link": 0.8}
@@ -51,13 +52,14 @@ class Wire:
 
 @dataclass(frozen=True)
 class Cluster:
-    """``nodes`` machines of ``ranks_per_node`` devices; ``inside`` a node and ``between`` nodes."""
+    """``nodes`` machines of ``ranks_per_node`` devices; wires ``inside`` a node and ``between`` nodes."""
 
     device: Device
     nodes: int
     ranks_per_node: int
     inside: Wire
     between: Wire
+    costs: StepCosts = field(default_factory=StepCosts)
 
     def __post_init__(self) -> None:
         for name in ("nodes", "ranks_per_node"):
@@ -116,10 +118,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def read_calibration(path: str | Path) -> dict[str, Any]:
-    """Device and wires, as `ldmole_ds.planner.calibrate` measured and `write_calibration` wrote them.
+    """Device, wires and costs, as `ldmole_ds.planner.calibrate` measured and `write_calibration` wrote them.
 
     Raises:
-        ValueError: Not such a file.
+        ValueError: Not such a file, or one without the costs of a step.
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -128,10 +130,18 @@ def read_calibration(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is no calibration ({type(error).__name__}: {error}): write one with --calibrate FILE"
         ) from error
-    return {"device": device, "inside": wire, "between": wire}
+    try:
+        found = dict(values["costs"])
+        sized = {mode: {int(size): cost for size, cost in found.pop(mode).items()} for mode in ("tokens", "weights")}
+        costs = StepCosts(**found, **sized)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is a calibration without what a training step costs: write it anew with --calibrate {path}"
+        ) from error
+    return {"device": device, "inside": wire, "between": wire, "costs": costs}
 
 
-def write_calibration(path: str | Path, device: Device, link: Wire) -> None:
+def write_calibration(path: str | Path, device: Device, link: Wire, costs: StepCosts) -> None:
     """For `read_calibration`."""
-    text = json.dumps({"device": asdict(device), "link": asdict(link)}, indent=2)
+    text = json.dumps({"device": asdict(device), "link": asdict(link), "costs": asdict(costs)}, indent=2)
     Path(path).write_text(text + "\n", encoding="utf-8")

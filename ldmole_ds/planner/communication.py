@@ -2,33 +2,22 @@
 
 What expert parallelism moves comes from `ldmole_ds.distributed.dispatch_choice`, which ``--expert_dispatch auto`` uses
 too; here it is counted over passes (recomputation, chunks) and micro-steps. The phases have the names of `CommStats`,
-and equal its counts where the rows are those of the run. ZeRO's collectives are added under names of their own: its
-rings send (n - 1) / n of a buffer per rank, twice for an all-reduce.
+and equal its counts where the rows are those of the run. ZeRO's collectives are added under names of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from ldmole_ds.distributed.dispatch_choice import Link, Phase, remote_ranks, tokens_phases, weights_phases
+from ldmole_ds.distributed.dispatch_choice import Phase, remote_ranks, tokens_phases, weights_phases
 from ldmole_ds.model.dispatch_plan import GroupShape
 from ldmole_ds.planner.cluster import Cluster
 from ldmole_ds.planner.layout import Batch, Layout, Precision, Routing
 from ldmole_ds.planner.model_shape import ModelShape
+from ldmole_ds.planner.zero import PhaseCost, phase_seconds, zero_phases
 
-# DeepSpeed keeps up to so many gathered parameters (stage3_max_live_parameters): a smaller model is gathered once.
-ZERO3_LIVE_PARAMETERS = 1_000_000_000
-_BUCKET_PARAMETERS = 200_000_000
-
-
-@dataclass(frozen=True)
-class PhaseCost:
-    """Of one optimizer step: ``calls``, ``bytes`` sent by one rank, ``seconds``."""
-
-    calls: float
-    bytes: float
-    seconds: float
+# The collectives of expert parallelism, as `CommStats` names them; all others are ZeRO's.
+EXPERT_PHASES = {"counts", "dispatch", "combine", "combine_backward", "dispatch_backward", "gather", "reduce_scatter"}
 
 
 def expected_rows(group: GroupShape, tokens: int, ep_size: int, routing: Routing) -> float:
@@ -110,53 +99,15 @@ def communication(
         expected = [expected_rows(g, batch.tokens, layout.ep_size, routing) for g in shape.groups]
         rows = [(n, n) for n in expected]
         link = cluster.exchange_link(layout.ep_size)
+        host = cluster.costs.collective(layout, cluster.device.op_seconds)
         slow = routing.skew if layout.dispatch == "tokens" else 1.0
         for name, phase in expert_phases(shape, layout, batch, precision.adapter, rows).items():
             factor = 1.0 if name == "counts" else slow
-            found[name] = PhaseCost(phase.calls, phase.bytes, _seconds(phase, link, factor))
-    found.update(_zero_phases(shape, layout, batch, cluster, precision))
+            found[name] = PhaseCost(phase.calls, phase.bytes, phase.calls * host + phase_seconds(phase, link, factor))
+    found.update(zero_phases(shape, layout, batch, cluster, precision))
     return found
 
 
 def keeps_gathered(layout: Layout, batch: Batch) -> bool:
     """Whether gathered experts stay for the other micro-steps of an optimizer step."""
     return batch.accumulation > 1 and layout.zero_stage < 3
-
-
-def _seconds(phase: Phase, link: Link, factor: float = 1.0) -> float:
-    return phase.calls * link.latency + factor * phase.bytes / link.bandwidth
-
-
-def _zero_phases(
-    shape: ModelShape, layout: Layout, batch: Batch, cluster: Cluster, precision: Precision
-) -> dict[str, PhaseCost]:
-    """What data parallelism and ZeRO move: gradients, updated weights, and under stage 3 the parameters."""
-    world, (dense, experts) = cluster.world_size, shape.held(layout.ep_size)
-    if world == 1:
-        return {}
-    everyone, twins = cluster.ring_link(world, 1), cluster.ring_link(world // layout.ep_size, layout.ep_size)
-    found: dict[str, PhaseCost] = {}
-
-    def ring(name: str, values: float, itemsize: float, members: int, link: Link, times: float) -> None:
-        if values and members > 1 and times:
-            buckets = max(1.0, values / _BUCKET_PARAMETERS)
-            phase = Phase(times * buckets, times * values * itemsize * (members - 1) / members)
-            found[name] = PhaseCost(phase.calls, phase.bytes, _seconds(phase, link))
-
-    stage, item = layout.zero_stage, precision.adapter
-    # Stages 2 and 3 keep a share of the gradients only, so every micro-step is reduced; an all-reduce is two rings.
-    reductions = (batch.accumulation if stage >= 2 else 1) * (1 if stage == 3 else 2)
-    ring("reduce_dense", dense, item, world, everyone, reductions)
-    ring("reduce_experts", experts, item, world // layout.ep_size, twins, reductions)
-    if stage in (1, 2):
-        ring("update_dense", dense, item, world, everyone, 1)
-        ring("update_experts", experts, item, world // layout.ep_size, twins, 1)
-    if stage == 3:
-        gathers = batch.accumulation * (1 if shape.frozen <= ZERO3_LIVE_PARAMETERS else 2)
-        width = shape.frozen_bytes(precision.base, precision.quantization) / shape.frozen
-        ring("gather_base", shape.frozen, width, world, everyone, gathers)
-        ring("gather_dense", dense, item, world, everyone, gathers)
-        ring("gather_experts", experts, item, world // layout.ep_size, twins, gathers)
-    projections = sum(len(g.out_features) * (g.num_experts + 1) for g in shape.groups)
-    ring("statistics", projections, 8, world, everyone, 2 * batch.accumulation)
-    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ldmole_ds.model.dispatch_plan import GroupShape
 from ldmole_ds.planner.cluster import Device
 from ldmole_ds.planner.communication import expected_rows
+from ldmole_ds.planner.costs import StepCosts
 from ldmole_ds.planner.layout import Batch, Layout, Precision, Routing
 from ldmole_ds.planner.model_shape import ModelShape
 from ldmole_ds.planner.trace import StepTrace, op_seconds
@@ -12,9 +13,6 @@ from ldmole_ds.planner.trace import StepTrace, op_seconds
 # Values moved per parameter: AdamW as about ten operations on whole tensors (21), and the engine's copies of the
 # gradient, its norm, clipping, and the copy of the weight (9).
 _OPTIMIZER_VALUES = 30
-# Operations of DeepSpeed's engine for each trainable tensor: hooks, copies into buckets, norms, updates. Measured with
-# version 0.19 (benchmarks/plan_accuracy.py, small); an asynchronous device does not wait for them.
-_ENGINE_OPS = 25
 
 
 def expert_seconds(
@@ -43,6 +41,7 @@ def compute_seconds(
     device: Device,
     precision: Precision,
     routing: Routing,
+    costs: StepCosts,
 ) -> tuple[float, float]:
     """``(micro-steps, optimizer)`` of one optimizer step on the fullest rank, in seconds.
 
@@ -64,5 +63,4 @@ def compute_seconds(
     owned = dense + experts
     if layout.zero_stage:
         owned = dense / world_size + experts / (world_size // layout.ep_size)
-    engine = 0.0 if device.asynchronous else _ENGINE_OPS * shape.tensors * device.op_seconds
-    return batch.accumulation * micro, engine + 4.0 * _OPTIMIZER_VALUES * owned / device.bandwidth
+    return batch.accumulation * micro, costs.tensor * shape.tensors + 4.0 * _OPTIMIZER_VALUES * owned / device.bandwidth

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from ldmole_ds.distributed.dispatch_choice import Workload, choose_dispatch
 from ldmole_ds.planner.cluster import Cluster
-from ldmole_ds.planner.communication import PhaseCost, communication
+from ldmole_ds.planner.communication import communication
 from ldmole_ds.planner.compute import compute_seconds
 from ldmole_ds.planner.layout import Batch, Layout, Precision, Routing
 from ldmole_ds.planner.memory import Memory, memory_per_rank
 from ldmole_ds.planner.model_shape import ModelShape
 from ldmole_ds.planner.trace import StepTrace
+from ldmole_ds.planner.zero import PhaseCost
 
 # Share of a device's memory that may be planned for: allocators fragment, and libraries need some.
 USABLE_MEMORY = 0.92
@@ -54,7 +55,15 @@ class Job:
         """Time and memory of this layout."""
         shape, world, trace = self.shape, self.cluster.world_size, self.traces[layout.checkpointing]
         compute, optimizer = compute_seconds(
-            shape, trace, layout, self.batch, world, self.cluster.device, self.precision, self.routing
+            shape,
+            trace,
+            layout,
+            self.batch,
+            world,
+            self.cluster.device,
+            self.precision,
+            self.routing,
+            self.cluster.costs,
         )
         return Estimate(
             layout=layout,
@@ -94,7 +103,11 @@ class Job:
             for group in self.shape.groups
             if self.shape.is_partitioned(group, ep_size)
         ]
-        return sum(c.tokens_seconds for c in choices), sum(c.weights_seconds for c in choices)
+        op_seconds, costs = self.cluster.device.op_seconds, self.cluster.costs
+        # Of one input group: five exchanges, or a reduction and its share of a gather.
+        tokens = 5 * costs.collective(Layout(ep_size, 2, "tokens"), op_seconds)
+        weights = (1 + 1 / self.batch.accumulation) * costs.collective(Layout(ep_size, 2, "weights"), op_seconds)
+        return sum(c.tokens_seconds + tokens for c in choices), sum(c.weights_seconds + weights for c in choices)
 
 
 def layouts(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from ldmole_ds.planner.communication import ZERO3_LIVE_PARAMETERS, expected_rows, keeps_gathered
+from ldmole_ds.planner.communication import expected_rows, keeps_gathered
 from ldmole_ds.planner.layout import Batch, Layout, Precision, Routing
 from ldmole_ds.planner.model_shape import ModelShape
+from ldmole_ds.planner.zero import ZERO3_LIVE_PARAMETERS
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ class ModelShape:
         saved_parameters: Trained in full (``modules_to_save``).
         linear_parameters: Frozen weights that ``--quantization`` packs.
         other_parameters: All other frozen weights.
-        tensors: Trainable tensors on a rank.
+        base_tensors: Sizes of all frozen parameters.
+        dense_tensors: Sizes of the trainable parameters besides experts.
         hidden_size: Of the model's configuration.
         num_layers: Of the model's configuration.
     """
@@ -48,7 +49,8 @@ class ModelShape:
     saved_parameters: int
     linear_parameters: int
     other_parameters: int
-    tensors: int
+    base_tensors: tuple[int, ...]
+    dense_tensors: tuple[int, ...]
     hidden_size: int
     num_layers: int
 
@@ -70,6 +72,21 @@ class ModelShape:
             else:
                 dense += total
         return dense, experts
+
+    def trainable_tensors(self, ep_size: int) -> tuple[list[int], list[int]]:
+        """Sizes of the parameters that `held` counts: A of each group, B of each projection, and what is dense."""
+        dense, experts = list(self.dense_tensors), []
+        for group in self.groups:
+            partitioned = self.is_partitioned(group, ep_size)
+            inner = self.config.r * group.num_experts // (ep_size if partitioned else 1)
+            sizes = [len(group.out_features) * inner * group.in_features, *(inner * o for o in group.out_features)]
+            (experts if partitioned else dense).extend(sizes)
+        return dense, experts
+
+    @property
+    def tensors(self) -> int:
+        """Trainable parameters on a rank, each counted as one."""
+        return len(self.trainable_tensors(1)[0])
 
     @property
     def trainable(self) -> int:
@@ -144,18 +161,18 @@ def shape_of(base: nn.Module, config: LDMoLEConfig) -> ModelShape:
     packed = {id(module.weight): module.weight.numel() for module in candidate_modules(base).values()}
     linear = sum(numel for key, numel in packed.items() if key not in saved)
     total = sum(p.numel() for p in base.parameters())
+    mlps = [(width * hidden, hidden, hidden, 1) for width in mlp_inputs] if router.uses_lambda else []
     return ModelShape(
         name=type(base).__name__,
         config=config,
         groups=tuple(groups),
-        lambda_parameters=sum(width * hidden + 2 * hidden + 1 for width in mlp_inputs) if router.uses_lambda else 0,
+        lambda_parameters=sum(map(sum, mlps)),
         gate_parameters=sum(gates) if router.uses_gate else 0,
         saved_parameters=sum(saved.values()),
         linear_parameters=linear,
         other_parameters=total - sum(saved.values()) - linear,
-        tensors=len(saved)
-        + sum(len(group.out_features) + 1 + router.uses_gate for group in groups)
-        + 4 * len(mlp_inputs) * router.uses_lambda,
+        base_tensors=tuple(p.numel() for p in base.parameters() if id(p) not in saved),
+        dense_tensors=(*saved.values(), *(gates if router.uses_gate else ()), *(n for mlp in mlps for n in mlp)),
         hidden_size=base.config.hidden_size,
         num_layers=base.config.num_hidden_layers,
     )

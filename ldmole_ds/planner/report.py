@@ -6,6 +6,7 @@ import shlex
 from dataclasses import asdict
 from typing import Any
 
+from ldmole_ds.planner.communication import EXPERT_PHASES
 from ldmole_ds.planner.estimate import Estimate, Job, describe, recommend
 
 SCHEMA = "ldmole_ds.plan/1"
@@ -79,7 +80,7 @@ def plan_text(job: Job, estimates: list[Estimate]) -> str:
 
 
 def _row(job: Job, estimate: Estimate, chosen: bool) -> str:
-    experts = sum(p.seconds for name, p in estimate.phases.items() if name in _EXPERT_PHASES)
+    experts = sum(p.seconds for name, p in estimate.phases.items() if name in EXPERT_PHASES)
     zero = estimate.communication_seconds - experts
     memory, mark = estimate.memory, "*" if chosen else " "
     return (
@@ -87,9 +88,6 @@ def _row(job: Job, estimate: Estimate, chosen: bool) -> str:
         f"{estimate.step_seconds:8.3f} {estimate.compute_seconds:10.3f} {experts:9.3f} {zero:6.3f}   "
         f"{'yes' if job.fits(estimate) else 'no'}"
     )
-
-
-_EXPERT_PHASES = {"counts", "dispatch", "combine", "combine_backward", "dispatch_backward", "gather", "reduce_scatter"}
 
 
 def _detail(best: Estimate) -> str:

@@ -22,7 +22,8 @@ def cluster(nodes: int = 1, ranks_per_node: int = 4, device: Device = DEVICE) ->
 def shape(num_experts: int = 4, r: int = 2) -> ModelShape:
     """One group of two projections: D 10, O 6 and 4; one expert has 2 * (2 * 10 + 10) = 60 parameters."""
     config = LDMoLEConfig(num_experts=num_experts, r=r)
-    return ModelShape("Invented", config, (GroupShape(num_experts, 10, [6, 4]),), 100, 80, 0, 1000, 200, 8, 10, 1)
+    groups = (GroupShape(num_experts, 10, [6, 4]),)
+    return ModelShape("Invented", config, groups, 100, 80, 0, 1000, 200, (1000, 200), (100, 80), 50, 1)
 
 
 def job(of_shape: ModelShape | None = None, *, on: Cluster | None = None, batch: Batch | None = None, **routing) -> Job:

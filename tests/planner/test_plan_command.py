@@ -2,13 +2,15 @@
 
 import importlib.util
 import json
+import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ldmole_ds.planner import Device, Wire, read_calibration, write_calibration
+from ldmole_ds.planner import Device, StepCosts, Wire, read_calibration, write_calibration
 from ldmole_ds.training.arguments import adapter_config, parse_flags
 from ldmole_ds.training.ds_config import check_ds_config, read_ds_config
 from ldmole_ds.training.runtime import UserError
@@ -56,6 +58,7 @@ def test_a_plan_as_table_json_config_and_command(plan, model_file, tmp_path, cap
     trained = parse_flags(words[words.index("launch/train.py") + 1 :])
     assert (trained.ep_size, trained.expert_dispatch, trained.bf16) == ("4", "weights", True)
     assert (trained.per_device_train_batch_size, trained.gradient_accumulation_steps, trained.max_length) == (2, 2, 32)
+    assert trained.model_name_or_path == str(Path(model_file).parent)  # what can be loaded
     assert adapter_config(trained).r == 4 and adapter_config(trained).target_modules == ["q_proj", "v_proj"]
     config = read_ds_config(trained.deepspeed)
     check_ds_config(config, trained.deepspeed)
@@ -91,15 +94,26 @@ def test_what_is_wrong_is_one_sentence(plan, model_file, flags, message, monkeyp
 
 def test_a_calibration_is_read_back_and_others_are_refused(tmp_path):
     path, device, wire = tmp_path / "here.json", Device("d", 1e9, 2e9, 3e9, 4e9, 5e-6, False), Wire(1e-5, 1e8)
-    write_calibration(path, device, wire)
-    assert read_calibration(path) == {"device": device, "inside": wire, "between": wire}
+    costs = StepCosts(1e-4, 2e-4, {2: 1e-3, 4: 4e-3}, {2: 3e-3})
+    write_calibration(path, device, wire, costs)
+    assert read_calibration(path) == {"device": device, "inside": wire, "between": wire, "costs": costs}
+    old = json.loads(path.read_text())
+    del old["costs"]
+    path.write_text(json.dumps(old))
+    with pytest.raises(ValueError, match="without what a training step costs: write it anew with --calibrate"):
+        read_calibration(path)
     path.write_text("{}")
     with pytest.raises(ValueError, match="is no calibration .*--calibrate FILE"):
         read_calibration(path)
 
 
-def test_the_machine_is_measured(plan, tmp_path, capsys):
-    plan(["--calibrate", str(tmp_path / "here.json")])
+def test_the_machine_is_measured(tmp_path):
+    """In a process of its own, which brings its communication up."""
+    command = [sys.executable, str(ROOT / "launch" / "plan.py"), "--calibrate", str(tmp_path / "here.json")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
     device = read_calibration(tmp_path / "here.json")["device"]
     assert device.float_flops > 1e8 and device.bandwidth > 1e7 and 0 < device.op_seconds < 0.01
-    assert "GFLOPS" in capsys.readouterr().out
+    assert "GFLOPS" in done.stdout and "calibrating: products" in done.stdout

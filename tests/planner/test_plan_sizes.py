@@ -34,6 +34,9 @@ def test_parameters_of_every_family(family):
     counted = made.num_parameters_by_kind()
     assert (found.trainable, found.frozen) == (counted["trainable"], counted["base"])
     assert found.tensors == sum(p.requires_grad for p in made.parameters())
+    assert sum(found.base_tensors) == found.frozen
+    for ep_size in (1, 2):
+        assert tuple(map(sum, found.trainable_tensors(ep_size))) == found.held(ep_size)
     assert [g.out_features for g in found.groups] == [g.out_features for g in made.input_groups]
 
 
