@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ldmole_ds.ops.frozen_product import frozen_product, is_plain
 from ldmole_ds.ops.grouped_update import Update
+from ldmole_ds.ops.low_rank_update import LowRankUpdate
 
 if TYPE_CHECKING:
     from ldmole_ds.layers.input_group import InputGroup
@@ -33,7 +35,16 @@ class AdaptedLinear(nn.Module):
             return self.base_layer(x)
         if self.group.overlaps:
             return self.group.output_of(self.member, x)
-        return self.group.product_of(self.member, x)
+        plain = not torch.compiler.is_compiling() and is_plain(self.base_layer, x)
+        update, results = self.group.update_of(self.member, x, hand_on=plain), self.group.results
+        x_TD, more = results.handed_on, results.pending is not None
+        results.handed_on = x_TD if more else None
+        in_factors = isinstance(update, LowRankUpdate) and update.h_XT.dtype == x.dtype
+        if not plain or not in_factors or x_TD is None:
+            return self.add(update, self.base_layer(x))
+        y, x_TD = frozen_product(self.base_layer, x_TD, update, x.shape[:-1], hand_on=more)
+        results.handed_on = x_TD if more else None
+        return y
 
     def add(self, update: Tensor | Update, y: Tensor) -> Tensor:
         """The frozen layer's output ``y`` with the update, in place where nobody else has seen it."""

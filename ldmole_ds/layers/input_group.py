@@ -38,10 +38,8 @@ from ldmole_ds.layers.routers import Router
 from ldmole_ds.ops.autocast import without_autocast
 from ldmole_ds.ops.dropout import dropout
 from ldmole_ds.ops.expert_compute import may_be_grouped
-from ldmole_ds.ops.frozen_product import frozen_product, is_plain
 from ldmole_ds.ops.fused_routing import RoutingSpec, fused_routing, uses_fused_routing
 from ldmole_ds.ops.grouped_update import Update
-from ldmole_ds.ops.low_rank_update import LowRankUpdate
 from ldmole_ds.ops.shared_input import shared_input
 
 
@@ -107,7 +105,6 @@ class InputGroup(nn.Module):
         else:
             self.__dict__["lambda_mlp"] = lambda_mlp
         self.results = MemberResults(self.members)
-        self._handed_on: Tensor | None = None
         # Filled by the adapted layers, which own their frozen layers: not registered here.
         self.__dict__["layers"] = [None] * len(members)
 
@@ -142,24 +139,10 @@ class InputGroup(nn.Module):
         """``W x`` and the update for one member, ``(..., D) -> (..., O_g)``; `overlaps` only."""
         return self.results.take(member, x, lambda: self(x, with_frozen=True))
 
-    def product_of(self, member: int, x: Tensor) -> Tensor:
-        """The frozen layer's output with the update for one member, ``(..., D) -> (..., O_g)``."""
-        layer = self.layers[member]
-        plain = not torch.compiler.is_compiling() and is_plain(layer.base_layer, x)
-        update = self.update_of(member, x, hand_on=plain)
-        x_TD, more = self._handed_on, self.results.pending is not None
-        self._handed_on = x_TD if more else None
-        in_factors = isinstance(update, LowRankUpdate) and update.h_XT.dtype == x.dtype
-        if not plain or not in_factors or x_TD is None:
-            return layer.add(update, layer.base_layer(x))
-        y, x_TD = frozen_product(layer.base_layer, x_TD, update, x.shape[:-1], hand_on=more)
-        self._handed_on = x_TD if more else None
-        return y
-
     def update_of(self, member: int, x: Tensor, hand_on: bool = False) -> Tensor | Update:
         """The update for one member, as it is or in factors.
 
-        ``hand_on``: the caller will read ``_handed_on`` instead of x, in a `frozen_product`.
+        ``hand_on``: the caller reads ``results.handed_on`` instead of x, in a `frozen_product`.
         """
         # ZeRO-3 holds lora_B together only while this module runs, and torch.compile fuses by itself.
         low_rank = not torch.compiler.is_compiling() and not is_zero3_parameter(self.lora_A)
@@ -167,7 +150,7 @@ class InputGroup(nn.Module):
 
     def clear(self) -> None:
         """Forget a result that not all members have taken (they need not all be called)."""
-        self.results.pending = self._handed_on = None
+        self.results.clear()
 
     def forward(
         self, x: Tensor, low_rank: bool = False, with_frozen: bool = False, hand_on: bool = False
@@ -186,7 +169,7 @@ class InputGroup(nn.Module):
                 x_TD = dropout(x_TD, self.dropout)
             same, mask_T, in_factors = x_TD is raw_TD, context.token_mask(x), low_rank or with_frozen
             h, probs_TGE, destinations, next_TD = self._route(x_TD, mask_T, context, in_factors, hand_on and same)
-            self._handed_on = (next_TD if same else raw_TD) if hand_on else None
+            self.results.handed_on = (next_TD if same else raw_TD) if hand_on else None
             experts = ExpertWeights(self.lora_A, list(self.lora_B), self.scaling, low_rank, h)
             if not with_frozen:
                 updates = self.dispatcher.run(x_TD, probs_TGE, experts, self.name)
@@ -247,7 +230,7 @@ class InputGroup(nn.Module):
             lora_A = self.lora_A
         if self.router.uses_lambda:
             first_layer = self.lambda_mlp.first_layer
-        h, logits, hidden_HT, x_TD = shared_input(x_TD, lora_A, self.gate, first_layer, hand_on)
+        h, logits, hidden_HT, x_TD = shared_input(x_TD, lora_A, self.gate, first_layer, hand_on and lora_A is not None)
         if logits is None:
             logits = x_TD.new_zeros(num_members * self.num_experts, num_tokens, dtype=torch.float32)
         logits, sums, destinations = logits.view(num_members, self.num_experts, num_tokens), None, None

@@ -40,11 +40,19 @@ class MemberResults:
 
     Args:
         members: Full module names, in call order.
+
+    Attributes:
+        handed_on: ``(T, D)``, what the next member reads instead of x in a `frozen_product`; None where there is none.
     """
 
     def __init__(self, members: Sequence[str]) -> None:
         self.members = members
         self.pending: _Pending | None = None
+        self.handed_on: Tensor | None = None
+
+    def clear(self) -> None:
+        """Forget what has not been taken."""
+        self.pending = self.handed_on = None
 
     def take(self, member: int, x: Tensor, run: Callable[[], Sequence[Tensor | Update]]) -> Tensor | Update:
         """One member's result; ``run`` makes those of all for the first member that asks.
