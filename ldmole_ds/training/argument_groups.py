@@ -191,6 +191,15 @@ class LDMoLETrainingArguments(TrainingArguments):
         "dense bf16 peak of common cards, none on a CPU.",
     )
 
+    # The older versions that are supported know the older names alone.
+    if "activation_checkpointing" not in TrainingArguments.__dataclass_fields__:
+        gradient_checkpointing: bool = _field(
+            False, "Compute each layer again in backward instead of keeping it.", aliases=["--activation_checkpointing"]
+        )
+        gradient_checkpointing_kwargs: dict | str | None = _field(
+            None, "Keywords for torch.utils.checkpoint.", aliases=["--activation_checkpointing_kwargs"]
+        )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.peak_tflops is not None and not self.peak_tflops > 0:

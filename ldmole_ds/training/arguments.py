@@ -58,7 +58,8 @@ def build_parser(*, all_flags: bool = False) -> HfArgumentParser:
     if not all_flags:
         training = {f.name for f in dataclasses.fields(TrainingArguments)}
         for action in parser._actions:
-            if action.dest in training and action.dest not in _COMMON_TRAINING_FLAGS or action.dest.startswith("no_"):
+            names = {option.lstrip("-") for option in action.option_strings}
+            if action.dest in training and not names & _COMMON_TRAINING_FLAGS or action.dest.startswith("no_"):
                 action.help = SUPPRESS
     return parser
 
