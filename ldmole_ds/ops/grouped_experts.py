@@ -101,10 +101,10 @@ def add_experts(
 ) -> Pairs:
     """Each projection's sum is added to its ``(N, O_g)``. Columns of a wider tensor take several times as long."""
     active = w_NGe.permute(1, 2, 0) != 0
-    expert_P, token_P = active.flatten(0, 1).nonzero().t().contiguous()
+    expert_P, token_P = active.flatten(0, 1).nonzero().unbind(1)
     w_P = w_NGe.permute(1, 2, 0).masked_select(active)
     sizes = torch.bincount(expert_P, minlength=len(lora_B) * lora_A.shape[1])
-    h_Pr = x_ND.new_empty(len(token_P), lora_A.shape[2])
+    token_P, h_Pr = token_P.contiguous(), x_ND.new_empty(len(token_P), lora_A.shape[2])
     A_T, B, rows = _matrices(lora_A.transpose(2, 3)), _matrices(lora_B), _Rows(x_ND)
     for block in _blocks(sizes, lora_A, lora_B):
         tokens, h = token_P[block.pairs], h_Pr[block.pairs]
