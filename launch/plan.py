@@ -104,7 +104,7 @@ def parse_flags(argv: list[str]) -> Namespace:
     from transformers import HfArgumentParser
 
     from ldmole_ds.config import PRESETS
-    from ldmole_ds.training.arguments import AdapterArguments, ModelArguments
+    from ldmole_ds.training.argument_groups import AdapterArguments, ModelArguments
 
     groups = (ModelArguments, AdapterArguments, ClusterArguments, PlanArguments)
     parser = HfArgumentParser(
@@ -214,7 +214,7 @@ def write_config(job, best, flags: Namespace, argv: list[str]) -> str:
 
 def training_flags(argv: list[str]) -> list[str]:
     """The flags among these that mean the same in training: model, adapter, precision."""
-    from ldmole_ds.training.arguments import AdapterArguments, ModelArguments
+    from ldmole_ds.training.argument_groups import AdapterArguments, ModelArguments
 
     names = {f.name for group in (ModelArguments, AdapterArguments) for f in dataclasses.fields(group)}
     kept, keep = [], False

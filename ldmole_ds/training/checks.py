@@ -32,9 +32,13 @@ def check_trainable(model: LDMoLEModel, args: TrainingArguments, zero_stage: int
             f"adapter_dtype={asked} under --{flag}: DeepSpeed's {flag} engine casts every parameter; for {asked} "
             f"adapters on a half-precision base leave out --{flag} and load the base with --dtype bfloat16"
         )
-    if (getattr(args, "activation_checkpointing_kwargs", None) or {}).get("use_reentrant"):
+    # Older versions of Transformers have the older names alone.
+    newer = hasattr(args, "activation_checkpointing")
+    recompute = args.activation_checkpointing if newer else args.gradient_checkpointing
+    options = args.activation_checkpointing_kwargs if newer else args.gradient_checkpointing_kwargs
+    if (options or {}).get("use_reentrant"):
         raise ValueError(REENTRANT_REFUSED)
-    if args.torch_compile and (partitioned or getattr(args, "activation_checkpointing", False)):
+    if args.torch_compile and (partitioned or recompute):
         raise ValueError(
             "--torch_compile can trace neither the exchange of tokens between ranks nor activation checkpointing: "
             "leave it out, or use --ep_size 1 without --activation_checkpointing"

@@ -25,7 +25,7 @@ from ldmole_ds.tasks import (
     tasks_of,
 )
 from ldmole_ds.tasks.mixture import mixture_order, mixture_weights
-from ldmole_ds.training.arguments import DataArguments
+from ldmole_ds.training.argument_groups import DataArguments
 
 
 @dataclass

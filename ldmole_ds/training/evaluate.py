@@ -20,7 +20,8 @@ from ldmole_ds.tasks import SCORINGS, TASKS, ChoiceDataset, load_task, padding_i
 from ldmole_ds.tasks.adapted_model import load_adapted
 from ldmole_ds.tasks.evaluate import TaskResult, answer_all
 from ldmole_ds.training import runtime
-from ldmole_ds.training.arguments import ModelArguments, build
+from ldmole_ds.training.argument_groups import ModelArguments
+from ldmole_ds.training.arguments import build
 from ldmole_ds.training.flags import Formatter, field_with_help, raise_user_error
 from ldmole_ds.training.run import quiet_libraries
 from ldmole_ds.training.run_record import SETTINGS_NAME, versions, write_json

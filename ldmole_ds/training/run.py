@@ -24,7 +24,8 @@ from ldmole_ds.tasks.sft.collate import DocumentCollator, PackedCollator
 from ldmole_ds.training import report as reports
 from ldmole_ds.training import runtime
 from ldmole_ds.training.adapter_start import start_from_adapter
-from ldmole_ds.training.arguments import LDMoLETrainingArguments, adapter_config
+from ldmole_ds.training.argument_groups import LDMoLETrainingArguments
+from ldmole_ds.training.arguments import adapter_config
 from ldmole_ds.training.batch import BatchSizeWarmup, batch_size_warmup
 from ldmole_ds.training.callbacks import GroupTimeoutCallback
 from ldmole_ds.training.data import ChoiceData

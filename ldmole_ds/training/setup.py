@@ -15,13 +15,8 @@ from ldmole_ds.model import LDMoLEModel, get_ldmole_model
 from ldmole_ds.model.base_model import load_base_model, load_tokenizer
 from ldmole_ds.tasks import demo_model_file
 from ldmole_ds.tasks.demo import EMBEDDED
-from ldmole_ds.training.arguments import (
-    DataArguments,
-    LayoutArguments,
-    LDMoLETrainingArguments,
-    ModelArguments,
-    build,
-)
+from ldmole_ds.training.argument_groups import DataArguments, LayoutArguments, LDMoLETrainingArguments, ModelArguments
+from ldmole_ds.training.arguments import build
 from ldmole_ds.training.batch import BatchArguments, accumulation_steps, batch_size_warmup, scaled_learning_rate
 from ldmole_ds.training.data import ChoiceData, load_choice_data
 from ldmole_ds.training.placement import Place, fits_in_nodes

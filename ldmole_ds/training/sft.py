@@ -19,7 +19,7 @@ from ldmole_ds.tasks.sft.packing import PackedDataset
 from ldmole_ds.tasks.sft.rows import is_sft_row
 from ldmole_ds.tasks.sft.template import ensure_chat_template
 from ldmole_ds.tasks.sft.tokens import DocumentDataset, file_fingerprint, tokenize_rows
-from ldmole_ds.training.arguments import DataArguments
+from ldmole_ds.training.argument_groups import DataArguments
 from ldmole_ds.training.trainer import LDMoLETrainer, _keep_answer_logits
 
 

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from ldmole_ds.tasks import DataError, demo_model_file
-from ldmole_ds.training.arguments import DataArguments
+from ldmole_ds.training.argument_groups import DataArguments
 from ldmole_ds.training.data import load_choice_data
 
 ROWS = [{"text": f"message {i}", "label": ("spam", "ham")[i % 2]} for i in range(8)]

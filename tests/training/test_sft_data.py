@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ldmole_ds.tasks import DataError
 from ldmole_ds.tasks.sft import tokens
-from ldmole_ds.training.arguments import DataArguments, LDMoLETrainingArguments, parse_flags
+from ldmole_ds.training.argument_groups import DataArguments, LDMoLETrainingArguments
+from ldmole_ds.training.arguments import parse_flags
 from ldmole_ds.training.data import load_choice_data
 from ldmole_ds.training.sft import is_sft_data, load_sft_data, token_mean_metrics
 

@@ -40,7 +40,7 @@ def make_trainer(layout: str, micro: int, ds_config: dict | None = None, ep_size
     from torch.utils.data import SequentialSampler
 
     from ldmole_ds.tasks.sft.collate import DocumentCollator, PackedCollator
-    from ldmole_ds.training.arguments import LDMoLETrainingArguments
+    from ldmole_ds.training.argument_groups import LDMoLETrainingArguments
     from ldmole_ds.training.packing_check import PackingCheckCallback
     from ldmole_ds.training.sft import SFTLossTrainer
 

@@ -7,7 +7,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from ldmole_ds.tasks import TASKS, DataError, demo_model_file
-from ldmole_ds.training.arguments import DataArguments, parse_flags
+from ldmole_ds.training.argument_groups import DataArguments
+from ldmole_ds.training.arguments import parse_flags
 from ldmole_ds.training.data import load_choice_data
 from ldmole_ds.training.runtime import UserError
 

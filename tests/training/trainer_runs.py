@@ -77,7 +77,7 @@ def make_trainer(
     **changes,
 ):
     """A trainer of eight rows per optimizer step over all ranks; import it where accelerate's state is ready."""
-    from ldmole_ds.training.arguments import LDMoLETrainingArguments
+    from ldmole_ds.training.argument_groups import LDMoLETrainingArguments
     from ldmole_ds.training.trainer import LDMoLETrainer
 
     class InOrder(LDMoLETrainer):
