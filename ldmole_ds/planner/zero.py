@@ -37,12 +37,7 @@ def zero_phases(
     shape: ModelShape, layout: Layout, batch: Batch, cluster: Cluster, precision: Precision
 ) -> dict[str, PhaseCost]:
     """By name; ``fetch`` is the host's work for the parameters of stage 3, besides their gathers."""
-    world, twins, stage, item = (
-        cluster.world_size,
-        cluster.world_size // layout.ep_size,
-        layout.zero_stage,
-        precision.adapter,
-    )
+    world, stage, item = cluster.world_size, layout.zero_stage, precision.adapter
     if world == 1:
         return {}
     found: dict[str, PhaseCost] = {}
