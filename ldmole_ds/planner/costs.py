@@ -2,7 +2,8 @@
 
 A collective of expert parallelism packs and unpacks rows, starts operations, and waits for the ranks that arrive later;
 DeepSpeed's engine touches every trainable tensor and every bucket of gradients, and under stage 3 every parameter
-whenever a module uses it. These costs hardly depend on sizes. `ldmole_ds.planner.calibrate` measures them in steps of a reference model.
+whenever a module uses it. These costs hardly depend on sizes. `ldmole_ds.planner.calibrate` measures them in steps of a
+reference model.
 """
 
 from __future__ import annotations
