@@ -47,15 +47,17 @@ def compute_seconds(
 
     The trace has all experts on the rank. Under ``tokens`` own and received tokens meet the local ones instead.
     """
-    micro, passes = trace.seconds(device), 4 if layout.checkpointing else 3
+    micro, traced = trace.seconds(device), 4 if layout.checkpointing else 3
+    # A chunk's experts are computed once more in backward.
+    passes = traced + (1 if layout.chunk_tokens and layout.dispatch == "tokens" else 0)
     for group in shape.groups:
         if layout.dispatch != "tokens" or not shape.is_partitioned(group, layout.ep_size):
             continue
-        args, local = (device, precision.adapter, passes), group.num_experts // layout.ep_size
+        args, local = (device, precision.adapter), group.num_experts // layout.ep_size
         rows = routing.skew * expected_rows(group, batch.tokens, layout.ep_size, routing)
-        micro -= expert_seconds(shape, group, batch.tokens, group.num_experts, *args)
-        micro += expert_seconds(shape, group, batch.tokens, local, *args)
-        micro += expert_seconds(shape, group, rows, local, *args)
+        micro -= expert_seconds(shape, group, batch.tokens, group.num_experts, *args, traced)
+        micro += expert_seconds(shape, group, batch.tokens, local, *args, passes)
+        micro += expert_seconds(shape, group, rows, local, *args, passes)
         # Rows are picked, packed and added back.
         width = group.in_features + sum(group.out_features)
         micro += 2 * passes * rows * width * precision.adapter / device.bandwidth

@@ -1,8 +1,9 @@
 """What a training step costs the host beyond products, memory and bytes on the wire.
 
 A collective of expert parallelism packs and unpacks rows, starts operations, and waits for the ranks that arrive later;
-DeepSpeed's engine touches every trainable tensor, and under stage 3 every parameter whenever a module uses it. These
-costs hardly depend on sizes. `ldmole_ds.planner.calibrate` measures them in steps of a reference model.
+DeepSpeed's engine touches every trainable tensor and every bucket of gradients, and under stage 3 every parameter
+whenever a module uses it. These costs hardly depend on sizes. `ldmole_ds.planner.calibrate` measures them in steps of a
+reference model.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class StepCosts:
 
     Attributes:
         tensor: Of an optimizer step, for each trainable tensor: the engine's hooks, buckets, norms and updates.
+        reduction: For each bucket of gradients that the engine reduces, on top of the link's.
         fetch: Under ZeRO-3, for each parameter that a pass fetches and lets go, on top of the gather itself; None: not
             measured.
         tokens: Of each collective of ``--expert_dispatch tokens``, by ep_size, on top of the link's.
@@ -31,6 +33,7 @@ class StepCosts:
     """
 
     tensor: float = 0.0
+    reduction: float = 0.0
     fetch: float | None = None
     tokens: Mapping[int, float] = field(default_factory=dict)
     weights: Mapping[int, float] = field(default_factory=dict)

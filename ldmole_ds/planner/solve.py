@@ -53,10 +53,12 @@ def solve(times: Times) -> Calibration:
 def describe(found: Calibration) -> str:
     """What was measured, in a line."""
     device, wire, costs = found.device, found.wire(), found.costs
+    engine = (
+        f"{costs.reduction * 1e3:.2f} ms per reduction" if found.wires else f"{costs.tensor * 1e6:.0f} us per tensor"
+    )
     text = (
         f"{device.name}: {device.float_flops / 1e9:.1f} GFLOPS float32, {device.half_flops / 1e9:.1f} half, memory "
-        f"{device.bandwidth / 1e9:.1f} GB/s, {device.op_seconds * 1e6:.1f} us per operation; engine "
-        f"{costs.tensor * 1e6:.0f} us per trainable tensor"
+        f"{device.bandwidth / 1e9:.1f} GB/s, {device.op_seconds * 1e6:.1f} us per operation; engine {engine}"
     )
     if not found.wires:
         return f"{text}; link and expert parallelism not measured (1 rank)"
@@ -81,8 +83,11 @@ def _costs(times: Times, speeds: Calibration, trace: StepTrace) -> StepCosts:
 
     replicated, *others = reference_layouts(times.world_size)
     found = StepCosts(fetch=0.0, tokens={1: 0.0}, weights={1: 0.0})
-    missed = more(replicated, found)[0]
-    found = replace(found, tensor=max(missed, 0.0) / shape.tensors)
+    missed, estimate = more(replicated, found)
+    reductions = sum(phase.calls for name, phase in estimate.phases.items() if name.startswith("reduce"))
+    # What the engine adds is mostly waiting in reductions where there are any, else its work on tensors.
+    name, number = ("reduction", reductions) if reductions else ("tensor", shape.tensors)
+    found = replace(found, **{name: max(missed, 0.0) / number})
     # The others are compared with it, so that what the model has too much there is not taken off again.
     too_much, measured = min(missed, 0.0), {"tokens": {}, "weights": {}}
     for layout in others:
@@ -93,7 +98,7 @@ def _costs(times: Times, speeds: Calibration, trace: StepTrace) -> StepCosts:
         else:
             calls = sum(estimate.phases[name].calls for name in EXPERT_PHASES & set(estimate.phases))
             measured[layout.dispatch][layout.ep_size] = seconds / calls
-    return StepCosts(found.tensor, **measured)
+    return StepCosts(found.tensor, found.reduction, **measured)
 
 
 def estimate_reference(

@@ -50,7 +50,8 @@ def zero_phases(
         members, link = among
         if values and members > 1 and times:
             phase = Phase(times * calls, times * values * itemsize * (members - 1) / members)
-            found[name] = PhaseCost(phase.calls, phase.bytes, phase_seconds(phase, link))
+            host = phase.calls * cluster.costs.reduction if name.startswith("reduce") else 0.0
+            found[name] = PhaseCost(phase.calls, phase.bytes, host + phase_seconds(phase, link))
 
     def split(sizes: list[int]) -> tuple[list[int], list[int]]:
         limit = _WHOLE_BELOW * shape.hidden_size

@@ -29,6 +29,10 @@ def step_seconds(costs: StepCosts, layout: Layout) -> float:
         (replace(FREE, weights={2: 1.0}), Layout(2, 2, "tokens"), 0.0),
         # Two dense tensors and three of experts; with the two of the base seven are fetched, forward and backward.
         (replace(FREE, tensor=1.0), Layout(), 5.0),
+        # 660 values in buckets of 50 x 50: one, all-reduced in two rings; on two ranks dense ones and experts apart.
+        (replace(FREE, reduction=1.0), Layout(), 2.0),
+        (replace(FREE, reduction=1.0), Layout(2, 2, "tokens"), 4.0),
+        (replace(FREE, reduction=1.0), Layout(4, 2, "tokens"), 2.0),
         (replace(FREE, fetch=1.0), Layout(1, 3), 14.0),
         (replace(FREE, fetch=1.0), Layout(1, 3, checkpointing=True), 21.0),
         (replace(FREE, fetch=1.0), Layout(1, 2), 0.0),

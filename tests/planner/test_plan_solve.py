@@ -13,7 +13,7 @@ from ldmole_ds.planner.solve import Calibration, describe, estimate_reference, s
 TRUE = Calibration(
     Device("CPU rank", 1e9, 2e11, 4e10, 1e10, 2e-5, False),
     {2: Wire(1e-4, 1e9), 4: Wire(2e-4, 5e8)},
-    StepCosts(3e-4, 5e-4, {2: 2e-3, 4: 9e-3}, {2: 4e-3, 4: 2e-2}),
+    StepCosts(0.0, 3e-3, 5e-4, {2: 2e-3, 4: 9e-3}, {2: 4e-3, 4: 2e-2}),
 )
 REACHED = 0.5
 
@@ -44,7 +44,7 @@ def test_what_made_the_times_is_found_again():
         assert getattr(found.device, name) == pytest.approx(getattr(TRUE.device, name), rel=1e-3), name
     for size, wire in TRUE.wires.items():
         assert (found.wires[size].latency, found.wires[size].bandwidth) == pytest.approx((wire.latency, wire.bandwidth))
-    assert (found.costs.tensor, found.costs.fetch) == pytest.approx((3e-4, 5e-4), rel=1e-2)
+    assert (found.costs.reduction, found.costs.fetch) == pytest.approx((3e-3, 5e-4), rel=1e-2)
     assert found.costs.tokens == pytest.approx(TRUE.costs.tokens, rel=1e-2)
     assert found.costs.weights == pytest.approx(TRUE.costs.weights, rel=1e-2)
     assert "tokens 2.00 ms (ep_size 2), tokens 9.00 ms (ep_size 4)" in describe(found)
