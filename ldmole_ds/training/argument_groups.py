@@ -192,7 +192,7 @@ class LDMoLETrainingArguments(TrainingArguments):
     )
 
     # The older versions that are supported know the older names alone.
-    if "activation_checkpointing" not in TrainingArguments.__dataclass_fields__:
+    if "activation_checkpointing" not in {f.name for f in dataclasses.fields(TrainingArguments)}:
         gradient_checkpointing: bool = _field(
             False, "Compute each layer again in backward instead of keeping it.", aliases=["--activation_checkpointing"]
         )

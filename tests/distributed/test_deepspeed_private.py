@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "ldmole_ds"
 HOME = "distributed/deepspeed_private.py"
 # Private names that are not DeepSpeed's. Every user of ZeRO-3 reads ds_id, Transformers too.
 OTHERS = {
-    "python, argparse": {"__module__", "__name__", "__traceback__", "_actions", "_exit"},
+    "python, argparse": {"__dict__", "__module__", "__name__", "__traceback__", "_actions", "_exit"},
     "torch": {"_C", "_ConvNd", "_current_graph_task_id", "_modules", "_set_pg_timeout", "_version", "_world"},
     "torch, tensors and hooks": {"_forward_hooks", "_global_forward_hooks", "_is_view"},
     "torch, operations by name": {
@@ -26,6 +26,7 @@ OTHERS = {
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_flash_attention_for_cpu_backward",
         "_schema",
+        "_unsafe_view",
     },
     "transformers, datasets": {"_commit_hash", "_fingerprint"},
     "deepspeed": {"ds_id"},
