@@ -59,7 +59,7 @@ def _engine_run(rank: int, world_size: int, kind: str, stage: int, ep_size: int,
     model = wrapped(quantized_llama(kind, compute_dtype) if quantized else dequantized_llama(kind), ep_size)
     for layer in model.modules():
         if isinstance(layer, AdaptedLinear) and not quantized:
-            # So that it is called, as a quantised layer is: products that hand their input on round gradients once less.
+            # So that it is called, as a quantised layer is: handing inputs on rounds gradients less often.
             layer.base_layer.register_forward_hook(lambda *_: None)
     packed = {n: p.detach().clone() for n, p in model.named_parameters() if not p.is_floating_point()}
     config = {
