@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from ldmole_ds.layers import AdaptedLinear
 from ldmole_ds.model.quantized import is_quantized
 from tests.tiny import tiny_llama
 
@@ -53,3 +54,10 @@ def dequantized_llama(kind: str) -> LlamaForCausalLM:
                 linear.bias.data.copy_(module.bias.data)
             model.set_submodule(name, linear)
     return model
+
+
+def call_all_frozen_layers(model) -> None:
+    """Plain layers are called too, as quantised ones are: handing their input on rounds gradients less often."""
+    for layer in model.modules():
+        if isinstance(layer, AdaptedLinear):
+            layer.base_layer.register_forward_hook(lambda *_: None)

@@ -61,7 +61,7 @@ class ForwardContext:
             mask = self.padding_mask
             if mask is None or mask.device.type != "cpu" or torch.compiler.is_compiling():
                 return mask is not None
-            self._has_padding = not bool(mask.all())
+            self._has_padding = bool(mask.logical_not().any())
         return self._has_padding
 
     def token_mask(self, x: Tensor) -> Tensor | None:

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.nn.modules import module as all_modules
 
 from ldmole_ds.ops.autocast import autocast_is_on
 from ldmole_ds.ops.low_rank_update import LowRankUpdate, add_product, product_gradients
 
+# Subclasses hold quantised or sharded weights. Fake tensors stand for plain ones.
+_PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -56,7 +59,7 @@ def is_plain(layer: nn.Module, x: Tensor) -> bool:
         return False
     weight = layer.weight
     trains = weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
-    return type(weight) in (nn.Parameter, Tensor) and weight.dtype == x.dtype and not trains
+    return type(weight) in _PLAIN_TENSORS and weight.dtype == x.dtype and not trains
 
 
 def frozen_product(

@@ -33,9 +33,8 @@ def check_trainable(model: LDMoLEModel, args: TrainingArguments, zero_stage: int
             f"adapters on a half-precision base leave out --{flag} and load the base with --dtype bfloat16"
         )
     # Older versions of Transformers have the older names alone.
-    newer = hasattr(args, "activation_checkpointing")
-    recompute = args.activation_checkpointing if newer else args.gradient_checkpointing
-    options = args.activation_checkpointing_kwargs if newer else args.gradient_checkpointing_kwargs
+    name = "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
+    recompute, options = getattr(args, name, False), getattr(args, f"{name}_kwargs", None)
     if (options or {}).get("use_reentrant"):
         raise ValueError(REENTRANT_REFUSED)
     if args.torch_compile and (partitioned or recompute):

@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from ldmole_ds.distributed.zero import gathered
-from ldmole_ds.layers import AdaptedLinear
 from ldmole_ds.model import get_ldmole_model
 from ldmole_ds.model.adapter_io import gather_adapter_state
 from ldmole_ds.model.param_groups import ldmole_param_groups
 from ldmole_ds.parity.compare import worst_of, worst_tensor
 from tests.distributed_utils import run_distributed
-from tests.quantized_models import dequantized_llama, quantized_llama
+from tests.quantized_models import call_all_frozen_layers, dequantized_llama, quantized_llama
 from tests.tiny import ragged_batch, tiny_config, wake_experts
 
 STEPS, LR, CLIP, ROWS_OF_RANK = 4, 1e-3, 0.05, [5, 3]
@@ -57,10 +56,7 @@ def _engine_run(rank: int, world_size: int, kind: str, stage: int, ep_size: int,
 
     compute_dtype = torch.bfloat16 if bf16 else torch.float32
     model = wrapped(quantized_llama(kind, compute_dtype) if quantized else dequantized_llama(kind), ep_size)
-    for layer in model.modules():
-        if isinstance(layer, AdaptedLinear) and not quantized:
-            # So that it is called, as a quantised layer is: handing inputs on rounds gradients less often.
-            layer.base_layer.register_forward_hook(lambda *_: None)
+    call_all_frozen_layers(model)
     packed = {n: p.detach().clone() for n, p in model.named_parameters() if not p.is_floating_point()}
     config = {
         "train_micro_batch_size_per_gpu": 1,

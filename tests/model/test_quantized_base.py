@@ -8,7 +8,7 @@ from transformers.trainer_utils import validate_quantization_for_training
 from ldmole_ds.model import LDMoLEModel, get_ldmole_model
 from ldmole_ds.model.base_model import load_base_model
 from ldmole_ds.model.quantized import is_quantized
-from tests.quantized_models import dequantized_llama, quantized_layer, quantized_llama
+from tests.quantized_models import call_all_frozen_layers, dequantized_llama, quantized_layer, quantized_llama
 from tests.tiny import ragged_batch, tiny_config, tiny_llama, wake_experts
 
 KINDS = ("nf4", "fp4", "int8")
@@ -75,6 +75,7 @@ def test_bfloat16():
     for kind, tolerance in (("nf4", 1e-5), ("int8", 6e-2)):
         model = wrapped(quantized_llama(kind, torch.bfloat16).bfloat16(), adapter_dtype="bfloat16")
         expected = wrapped(dequantized_llama(kind).bfloat16(), adapter_dtype="bfloat16")
+        call_all_frozen_layers(expected)
         assert all(p.dtype in (torch.bfloat16, torch.uint8, torch.int8) for p in model.parameters())
         assert worst(step(model), step(expected)) < tolerance
 
