@@ -3,6 +3,7 @@
 #
 #   bash tests/run.sh
 #   bash tests/run.sh tests/ops -k sparsegen
+#   bash tests/run.sh -n 0 tests/ops --pdb        (in one process; otherwise two share the files)
 #
 # See launch/setup_venv.sh for which environment is used.
 set -euo pipefail
@@ -13,4 +14,4 @@ setup_venv "$PWD" demo,test
 export OMP_NUM_THREADS=1
 ruff check .
 ruff format --check .
-exec python -m pytest "$@"
+exec python -m pytest -n 2 --dist loadfile "$@"

@@ -20,8 +20,8 @@ class RoutingRecord:
     Attributes:
         group: Name of the input group.
         logits_TGE: Router logits, float32, with their graph.
-        probs_TGE: Routing weights, float32, zero for tokens that are not routed, with their graph. With ``sums``: in
-            the dtype of the experts' products.
+        probs_TGE: Routing weights, float32, zero for tokens that are not routed, with their graph. With ``sums`` on a
+            GPU: in the dtype of the experts' products.
         lam_T: lambda per token, float32, or None for routers without one.
         mask_T: bool, True for tokens that are not padding; None when there is no padding mask.
         live_units_H: bool, lambda MLP hidden units that fired on some token; None for routers without one.

@@ -38,8 +38,9 @@ from ldmole_ds.layers.routers import Router
 from ldmole_ds.ops.autocast import without_autocast
 from ldmole_ds.ops.dropout import dropout
 from ldmole_ds.ops.expert_compute import may_be_grouped
-from ldmole_ds.ops.fused_routing import RoutingSpec, fused_routing, uses_fused_routing
+from ldmole_ds.ops.fused_routing import fused_routing, uses_fused_routing
 from ldmole_ds.ops.grouped_update import Update
+from ldmole_ds.ops.routing_spec import RoutingSpec
 from ldmole_ds.ops.shared_input import shared_input
 
 
@@ -219,7 +220,7 @@ class InputGroup(nn.Module):
         """``x A^T`` by projection where it is sure to be used; routing weights ``(T, G, E)``; where tokens go; x.
 
         The first is not computed where the dispatcher has no use for it, or where routing may leave few experts to
-        compute. The weights are zero for tokens that are not routed, and float32 but for the fused kernel's. In memory
+        compute. The weights are zero for tokens that are not routed, and float32 but for the GPU kernel's. In memory
         both have the tokens innermost. Where tokens go is None unless they travel and the kernel has found it
         (`Routing.destinations`).
         """
@@ -238,7 +239,8 @@ class InputGroup(nn.Module):
             lambda_logit_T, live_units_H = self.lambda_mlp.logit_of(hidden_HT)
             ep_size = self.topology.ep_size if self.overlaps else 0
             target, own_rank = context.target_num_experts, self.topology.ep_rank
-            spec = RoutingSpec(x_TD.dtype, target, self.mask_padding, ep_size, own_rank)
+            dtype = x_TD.dtype if x_TD.is_cuda else torch.float32
+            spec = RoutingSpec(dtype, target, self.mask_padding, ep_size, own_rank)
             probs, lam_T, sums, destinations = fused_routing(logits, lambda_logit_T, mask_T, spec)
         else:
             if hidden_HT is not None:

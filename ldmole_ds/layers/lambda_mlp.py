@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldmole_ds.ops.fused_routing import LAMBDA_TOP
+from ldmole_ds.ops.routing_spec import LAMBDA_TOP
 from ldmole_ds.ops.shared_input import shared_input
 
 BIAS_INIT = -2.5

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ldmole_ds.layers import RoutingRecord
-from ldmole_ds.ops.fused_routing import RoutingSums
 from ldmole_ds.ops.losses import router_z_sum, sparsity_sum
+from ldmole_ds.ops.routing_spec import RoutingSums
 
 
 @dataclass

@@ -134,6 +134,7 @@ def test_around_the_kernel(monkeypatch):
     for name in ("routing_forward_kernel", "routing_backward_kernel"):
         monkeypatch.setattr(kernels, name, Launched())
     monkeypatch.setattr(input_group, "uses_fused_routing", lambda logits: True)
+    monkeypatch.setenv(fused_routing.SWITCH, "on")
     for masked in (True, False):
         (record,) = run(group_on_device(), masked)
         assert record.sums.shape == (1, 3, 2 * E + 3)

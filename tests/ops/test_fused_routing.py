@@ -1,27 +1,36 @@
-"""The routing kernel against its plain reference: on a GPU compiled, without one in Triton's interpreter.
+"""The routing kernels against their plain reference: Triton's on a GPU, or without one in its interpreter, and C's.
 
 G projections, E experts, T tokens, P ranks.
 """
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ldmole_ds.ops.fused_routing import (
-    RoutingSpec,
-    RoutingSums,
-    destinations_of,
-    fused_routing,
-    routing_reference,
-)
-
-pytest.importorskip("triton", reason="the routing kernel needs triton: pip install triton")
+from ldmole_ds.ops import routing_cpu, routing_triton
+from ldmole_ds.ops.fused_routing import SWITCH, _backend, destinations_of, fused_routing, routing_reference
+from ldmole_ds.ops.routing_spec import RoutingSpec, RoutingSums
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN, INF = float("nan"), float("inf")
 # numpy's, of the interpreter: tokens without a number divide nothing by nothing, and the result is not used.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(autouse=True, params=["triton", "c"])
+def backend(request, monkeypatch):
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="the routing kernel needs triton: pip install triton")
+        monkeypatch.setenv(SWITCH, "on")
+        assert _backend(torch.zeros(1, device=DEVICE)) is routing_triton
+        return request.param
+    if reason := routing_cpu.why_not():
+        pytest.skip(reason)
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setitem(globals(), "DEVICE", "cpu")
+    assert _backend(torch.zeros(1)) is routing_cpu
+    return request.param
 
 
 def results(function, logits, lambda_logit, mask, spec, dtype):
@@ -81,7 +90,7 @@ def test_outputs_counts_plan_and_gradients_equal_the_reference(case, masked):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_float32_inside(dtype):
+def test_half_precision_is_float32_inside(dtype, backend):
     logits, lambda_logit, mask = random_case(2, 5, 18)
     spec = RoutingSpec(dtype, 2, True, 1, 0)
     eps = torch.finfo(dtype).eps
@@ -89,8 +98,8 @@ def test_half_precision_is_float32_inside(dtype):
     # float32 in, half precision out, as the layers use it: rounded once, and its sums not at all.
     one = fused_routing(logits.to(DEVICE), lambda_logit.to(DEVICE), None, spec)
     exact = fused_routing(logits.to(DEVICE), lambda_logit.to(DEVICE), None, RoutingSpec(torch.float32, 2))
-    # The interpreter cuts bfloat16 off where a GPU rounds.
-    rtol = eps if DEVICE == "cpu" else 0
+    # Triton's interpreter cuts bfloat16 off where a GPU rounds.
+    rtol = eps if DEVICE == "cpu" and backend == "triton" else 0
     torch.testing.assert_close(one.probs_GET, exact.probs_GET.to(dtype), rtol=rtol, atol=0)
     assert torch.equal(one.sums, exact.sums)
 
@@ -99,7 +108,7 @@ EDGE_LOGITS = [0.0, 0.125, -0.125, 1.0, -1.0, 3.0, 1e4, -1e4, 1e-8]
 EDGE_LAMBDAS = [0.0, 1.0, -1.0, 4.0, 80.0, -0.01, -8.0, -1e4]
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), num_experts=st.integers(1, 33), offset=st.sampled_from([0.0, 1024.0, -1024.0]))
 def test_edge_values(data, num_experts, offset):
     """Ties, huge spreads, common offsets, lambda from near 1 to far below 0, for any E."""

@@ -1,4 +1,4 @@
-"""Who uses the routing kernel, and that it compiles for GPUs that are not here."""
+"""Who uses the routing kernels, and that it compiles for GPUs that are not here."""
 
 import os
 import subprocess
@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldmole_ds.ops import fused_routing as module
+from ldmole_ds.ops import routing_cpu, routing_triton
 from ldmole_ds.ops.fused_routing import uses_fused_routing
 
 pytest.importorskip("triton", reason="the routing kernel needs triton: pip install triton")
@@ -20,8 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_who_uses_the_kernel(monkeypatch):
     logits = torch.zeros(1, 2, 3, device=DEVICE)
     monkeypatch.delenv(module.SWITCH, raising=False)
-    assert uses_fused_routing(logits) == (DEVICE == "cuda")
-    assert not uses_fused_routing(torch.zeros(1, 2, 3))
+    assert uses_fused_routing(logits)
+    assert uses_fused_routing(torch.zeros(1, 2, 3)) == (routing_cpu.why_not() is None)
+    with FakeTensorMode():
+        assert not uses_fused_routing(torch.zeros(1, 2, 3))
+    assert not uses_fused_routing(torch.zeros(1, 2, 3, device="meta"))
     monkeypatch.setenv(module.SWITCH, "off")
     assert not uses_fused_routing(logits)
     monkeypatch.setenv(module.SWITCH, "on")
@@ -34,24 +39,30 @@ def test_who_uses_the_kernel(monkeypatch):
 
 def test_it_is_never_silently_replaced(monkeypatch):
     monkeypatch.setenv(module.SWITCH, "on")
+    monkeypatch.setattr(routing_triton, "is_here", lambda: False)
+    monkeypatch.setattr(routing_cpu, "why_not", lambda: "there is no C compiler")
+    with pytest.raises(ValueError, match="on, but Triton cannot be imported: install triton, or unset it"):
+        uses_fused_routing(OnGPU())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="the tensors are on the CPU: unset it"):
-        uses_fused_routing(torch.zeros(1, 2, 3))
-    monkeypatch.setattr(module, "_triton_is_here", lambda: False)
-    with pytest.raises(ValueError, match="Triton cannot be imported: install triton"):
+    with pytest.raises(ValueError, match="there is no C compiler: install a C compiler, or unset it"):
         uses_fused_routing(torch.zeros(1, 2, 3))
 
 
-def test_a_gpu_without_triton_is_told_once(monkeypatch, caplog):
+class OnGPU:
+    dtype, is_cuda, is_meta = torch.float32, True, False
+
+
+def test_what_is_missing_is_told_once(monkeypatch, caplog):
+    caplog.set_level("INFO")
     monkeypatch.delenv(module.SWITCH, raising=False)
-    monkeypatch.setattr(module, "_triton_is_here", lambda: False)
-    module._warn_without_triton.cache_clear()
-
-    class OnGPU:
-        dtype, is_cuda = torch.float32, True
-
-    assert not uses_fused_routing(OnGPU()) and not uses_fused_routing(OnGPU())
-    assert sum("Triton cannot be imported" in record.getMessage() for record in caplog.records) == 1
+    monkeypatch.setattr(routing_triton, "is_here", lambda: False)
+    monkeypatch.setattr(routing_cpu, "why_not", lambda: "there is no C compiler")
+    module._tell.cache_clear()
+    for logits in (OnGPU(), OnGPU(), torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)):
+        assert not uses_fused_routing(logits)
+    told = [(r.levelname, r.getMessage()) for r in caplog.records]
+    assert [level for level, _ in told] == ["WARNING", "INFO"]
+    assert "Triton cannot be imported" in told[0][1] and "there is no C compiler" in told[1][1]
 
 
 COMPILE = """

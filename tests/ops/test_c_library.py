@@ -1,0 +1,70 @@
+"""C sources that are compiled where they run."""
+
+import subprocess
+import sys
+
+import pytest
+
+from ldmole_ds.ops import c_library
+from ldmole_ds.ops.c_library import NoCompilerError
+
+pytestmark = pytest.mark.skipif(c_library.compiler() is None, reason="needs a C compiler: install gcc or clang")
+SOURCE = "int answer(void) { return %d; }"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    c_library.load.cache_clear()
+    yield tmp_path / "cache" / "ldmole_ds"
+    c_library.load.cache_clear()
+
+
+def source(folder, text):
+    path = folder / "answer.c"
+    path.write_text(text)
+    c_library.load.cache_clear()
+    return path
+
+
+def test_it_is_built_once_and_again_when_the_source_changes(cache, tmp_path, monkeypatch):
+    assert c_library.load(source(tmp_path, SOURCE % 42)).answer() == 42
+    (built,) = cache.iterdir()
+    with monkeypatch.context() as without:
+        without.setattr(c_library, "_compile", lambda *args: pytest.fail("it was built before"))
+        assert c_library.load(source(tmp_path, SOURCE % 42)).answer() == 42
+    assert c_library.load(source(tmp_path, SOURCE % 43)).answer() == 43
+    assert len(list(cache.iterdir())) == 2 and built.exists(), "nothing else is left"
+
+
+def test_a_broken_file_is_built_again(cache, tmp_path):
+    path = source(tmp_path, SOURCE % 7)
+    assert c_library.load(path).answer() == 7
+    (built,) = cache.iterdir()
+    broken = cache / "broken"
+    broken.write_bytes(b"cut short")
+    broken.replace(built)
+    c_library.load.cache_clear()
+    assert c_library.load(path).answer() == 7
+
+
+def test_a_cache_that_cannot_be_written_to(cache, tmp_path):
+    cache.parent.write_text("a file where the folder should be")
+    assert c_library.load(source(tmp_path, SOURCE % 5)).answer() == 5
+
+
+def test_why_it_cannot_be_built(cache, tmp_path, monkeypatch):
+    with pytest.raises(NoCompilerError, match="could not build answer.c: .*error"):
+        c_library.load(source(tmp_path, "int answer(void) { return missing; }"))
+    monkeypatch.setattr(c_library, "compiler", lambda: None)
+    with pytest.raises(NoCompilerError, match="there is no C compiler"):
+        c_library.load(source(tmp_path, SOURCE % 1))
+
+
+def test_processes_that_build_at_the_same_time(cache, tmp_path):
+    path = source(tmp_path, SOURCE % 9)
+    program = "import sys, pathlib as p, ldmole_ds.ops.c_library as c; print(c.load(p.Path(sys.argv[1])).answer())"
+    command = [sys.executable, "-c", program, str(path)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [p.communicate(timeout=100)[0].strip() for p in started] == ["9"] * 3
+    assert len(list(cache.iterdir())) == 1
