@@ -27,7 +27,7 @@ from ldmole_ds.training.adapter_start import start_from_adapter
 from ldmole_ds.training.argument_groups import LDMoLETrainingArguments
 from ldmole_ds.training.arguments import adapter_config
 from ldmole_ds.training.batch import BatchSizeWarmup, batch_size_warmup
-from ldmole_ds.training.callbacks import GroupTimeoutCallback
+from ldmole_ds.training.callbacks import GroupTimeoutCallback, SettingsFileCallback
 from ldmole_ds.training.data import ChoiceData
 from ldmole_ds.training.ds_config import check_ds_config, check_precision, read_ds_config
 from ldmole_ds.training.memory import MemoryOfTraining
@@ -84,10 +84,9 @@ def train(flags: Namespace) -> None:
         record = {name: group.to_dict() if name == "training" else asdict(group) for name, group in settings.items()}
         resolved = {"world_size": model.topology.world_size, "ep_size": model.topology.ep_size}
         record["model"]["token"] = None
-        write_json(
-            folder / SETTINGS_NAME,
-            run_settings(**record, adapter=model.adapter_config.to_dict(), resolved=resolved, seed=training.seed),
-        )
+        adapter = model.adapter_config.to_dict()
+        record = run_settings(**record, adapter=adapter, resolved=resolved, seed=training.seed)
+        trainer.add_callback(SettingsFileCallback(folder / SETTINGS_NAME, record))
         print(startup_table(model, data, training, warmup), flush=True)
         print(placement_table(places, model.topology, model.adapter_config.num_experts), flush=True)
         if start is not None:
