@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import harness  # noqa: E402
 import torch  # noqa: E402
-from expert_layers import grouped_mm  # noqa: E402
+from peer_layers import grouped_mm  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from ldmole_ds.ops import lora_experts  # noqa: E402

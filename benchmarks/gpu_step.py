@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,77 +25,18 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import harness  # noqa: E402
 import step as small_step  # noqa: E402
+import step_models  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from authors_formulation import AuthorsModel  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from torch import nn  # noqa: E402
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config  # noqa: E402
+from gpu_step_models import AUTHORS, LORA, OURS, PLAIN, SHAPES, build  # noqa: E402
 
-from ldmole_ds import LDMoLEConfig, get_ldmole_model  # noqa: E402
 from ldmole_ds.ops.fused_routing import SWITCH, uses_fused_routing  # noqa: E402
-from ldmole_ds.training.flops import TrainingFlops, peak_tflops_of  # noqa: E402
+from ldmole_ds.training.flops import peak_tflops_of  # noqa: E402
 from ldmole_ds.training.run_record import git_revision, versions  # noqa: E402
 
-LORA, AUTHORS, OURS, PLAIN = "PEFT LoRA r", "authors' formulation", "ours", "ours, routing kernel off"
 VARIANTS = (LORA, AUTHORS, PLAIN, OURS)
 # Time of ours in units of a peer's, at most.
 BARS = {LORA: 1.15, AUTHORS: 0.25}
-_GROUPED = {"num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 28, "tie_word_embeddings": True}
-# The published configurations' sizes.
-SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
-    "qwen3-1.7b": lambda: Qwen3Config(
-        vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_attention_heads=16, **_GROUPED
-    ),
-    "llama-3.2-3b": lambda: LlamaConfig(
-        vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_attention_heads=24, **_GROUPED
-    ),
-    # Shows within seconds, and without a GPU, that the script runs.
-    "tiny": lambda: Qwen3Config(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=48,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        num_hidden_layers=2,
-        tie_word_embeddings=True,
-    ),
-}
-
-
-def base_model(args: argparse.Namespace, shape: str) -> nn.Module:
-    torch.manual_seed(0)
-    with torch.device(args.device):
-        return AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=getattr(torch, args.dtype))
-
-
-def ours(args: argparse.Namespace, base: nn.Module, **changes: object) -> nn.Module:
-    sizes = {"num_experts": args.experts, "r": args.rank, "lora_alpha": 2 * args.rank, "lora_dropout": args.dropout}
-    config = LDMoLEConfig(**{**sizes, "lambda_hidden_size": args.lambda_hidden, **changes})
-    return get_ldmole_model(base, config)
-
-
-def build(args: argparse.Namespace, shape: str, inputs: dict) -> tuple[nn.Module, float, float]:
-    """The variant's model, the operations of its step, and the experts that a token used in the first pass."""
-    base, tokens = base_model(args, shape), inputs["input_ids"].numel()
-    sequence = inputs["input_ids"].shape[1]
-    work = {"tokens": tokens, "answers": tokens, "pairs": tokens * (sequence + 1) // 2}
-    if args.variant == LORA:
-        with torch.device("meta"):
-            same = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=getattr(torch, args.dtype))
-        flops = TrainingFlops(ours(args, same, router="lora")).of(**work, routing={})
-        kinds = {"target_modules": small_step.PROJECTIONS, "lora_dropout": args.dropout, "bias": "none"}
-        config = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, **kinds)
-        model = get_peft_model(base, config, autocast_adapter_dtype=False)
-        return small_step.wake(model), flops, 1.0
-    model = small_step.wake(ours(args, base))
-    with torch.no_grad():
-        model(**inputs, use_cache=False)
-    routing = model.routing_summary()
-    flops = TrainingFlops(model).of(**work, routing=routing)
-    used = sum(row["experts_per_token"] for row in routing.values()) / len(routing)
-    return AuthorsModel(model).train() if args.variant == AUTHORS else model, flops, used
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -112,7 +52,7 @@ def measure(args: argparse.Namespace) -> dict:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        small_step.loss_of(model, inputs).backward()
+        step_models.loss_of(model, inputs).backward()
         optimizer.step()
 
     with harness.PeakMemory() as memory:
@@ -198,7 +138,7 @@ def report(args: argparse.Namespace, results: dict, equality: dict[str, float], 
 def check_equal(args: argparse.Namespace) -> dict[str, float]:
     """Ours, with the kernel on a GPU, against the authors' formulation, on a small float32 model."""
     sizes = "--layers 2 --hidden 96 --intermediate 128 --heads 3 --kv_heads 1 --head_dim 32 --vocab 128 --tokens 128"
-    return small_step.check_equal(small_step.parse([*sizes.split(), "--sequence", "64", "--device", args.device]))
+    return step_models.check_equal(small_step.parse([*sizes.split(), "--sequence", "64", "--device", args.device]))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

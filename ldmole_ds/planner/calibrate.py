@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ldmole_ds.distributed import expert_parallel
 from ldmole_ds.model import LDMoLEModel, get_ldmole_model
+from ldmole_ds.ops.expert_compute import grouped_speed
 from ldmole_ds.planner.calibrate_steps import reference_step
 from ldmole_ds.planner.layout import Layout
 from ldmole_ds.planner.reference import STARTING, THIN, Reference, alone
@@ -39,6 +40,7 @@ class Times:
         world_size: Ranks that measured together.
         seconds: By what was timed.
         dispatched: By ep_size, bytes that a rank sent in the dispatches of a reference step.
+        grouped_speed: As of `Device`, with the threads of these ranks.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Times:
     world_size: int
     seconds: dict[str, float]
     dispatched: dict[int, float]
+    grouped_speed: float = 0.0
 
     def best(self, other: Times) -> Times:
         """The faster of two measurements of the same machine, each time by itself: other work only adds."""
@@ -91,7 +94,7 @@ def measure(device: torch.device, say: Callable[[str], None] = lambda text: None
             seconds[f"{name} exchange {size}"] = _exchange(size, num_bytes, device)
     memory = torch.cuda.get_device_properties(device).total_memory if kind == "cuda" else _host_memory()
     name = torch.cuda.get_device_name(device) if kind == "cuda" else "CPU rank"
-    return Times(name, memory, kind, world, seconds, dispatched)
+    return Times(name, memory, kind, world, seconds, dispatched, grouped_speed() if kind == "cpu" else 0.0)
 
 
 def experts_for(world_size: int) -> int:

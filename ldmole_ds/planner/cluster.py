@@ -31,6 +31,7 @@ class Device:
         bandwidth: Bytes per second of its memory.
         op_seconds: What starting an operation costs the host.
         asynchronous: Whether the host starts operations ahead, so that starting and computing overlap.
+        grouped_speed: Of grouped expert products beside dense ones; 0 where they are always dense, as on a GPU.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Device:
     bandwidth: float
     op_seconds: float = 8e-6
     asynchronous: bool = True
+    grouped_speed: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from ldmole_ds.model.dispatch_plan import GroupShape
+from ldmole_ds.ops.expert_compute import dense_operations, grouped_operations, may_group_on
 from ldmole_ds.planner.cluster import Device
 from ldmole_ds.planner.communication import expected_rows
 from ldmole_ds.planner.costs import StepCosts
@@ -16,12 +19,44 @@ _OPTIMIZER_VALUES = 30
 
 
 def expert_seconds(
-    shape: ModelShape, group: GroupShape, rows: float, num_experts: int, device: Device, item: int, passes: int = 3
+    shape: ModelShape,
+    group: GroupShape,
+    rows: float,
+    num_experts: int,
+    pairs: float,
+    passes: int,
+    device: Device,
+    item: int,
 ) -> float:
-    """The experts' products for ``rows`` tokens and ``num_experts`` local experts, forward and backward.
+    """The experts' products of a group, forward and backward, in the way that the layer's own rule chooses.
 
-    Forward is ``x A^T`` and, per projection, ``(h w) B``; each has two products of equal size in backward. ``passes``
-    is 3, or 4 where forward is computed twice. Between them stand elementwise operations on (rows, G, experts, r).
+    Args:
+        shape, group: Of the layer.
+        rows: Tokens at the experts.
+        num_experts: Local ones.
+        pairs: Active (projection, token, local expert) of them.
+        passes: 3, or 4 where forward is computed twice.
+        device: That computes.
+        item: Bytes of an adapter value.
+    """
+    layer = (num_experts, shape.config.r, group.in_features, group.out_features)
+    dtype = torch.bfloat16 if item == 2 else torch.float32
+    if device.grouped_speed and may_group_on(torch.device("cpu"), dtype):
+        # The layer asks once before it has routed, counting an expert for each token, and once with the pairs.
+        counted = max(pairs, rows * len(group.out_features))
+        if grouped_operations(counted, rows, *layer) < dense_operations(rows, *layer) * device.grouped_speed:
+            speed = device.grouped_speed * (device.half_flops if item == 2 else device.float_flops)
+            return passes / 3 * grouped_operations(pairs, rows, *layer) / speed
+    return dense_seconds(shape, group, rows, num_experts, passes, device, item)
+
+
+def dense_seconds(
+    shape: ModelShape, group: GroupShape, rows: float, num_experts: int, passes: int, device: Device, item: int
+) -> float:
+    """The same of dense products.
+
+    Forward is ``x A^T`` and, per projection, ``(h w) B``; each has two products of equal size in backward. Between them
+    stand elementwise operations on (rows, G, experts, r).
     """
     if not rows:
         return 0.0
@@ -45,22 +80,25 @@ def compute_seconds(
 ) -> tuple[float, float]:
     """``(micro-steps, optimizer)`` of one optimizer step on the fullest rank, in seconds.
 
-    The trace has all experts on the rank. Under ``tokens`` own and received tokens meet the local ones instead.
+    The trace has all experts on the rank and dense products; what is computed instead takes their place. Under
+    ``tokens`` own and received tokens meet the local experts.
     """
     micro, traced = trace.seconds(device), 4 if layout.checkpointing else 3
     # A chunk's experts are computed once more in backward.
     passes = traced + (1 if layout.chunk_tokens and layout.dispatch == "tokens" else 0)
     for group in shape.groups:
-        if layout.dispatch != "tokens" or not shape.is_partitioned(group, layout.ep_size):
-            continue
-        args, local = (device, precision.adapter), group.num_experts // layout.ep_size
-        rows = routing.skew * expected_rows(group, batch.tokens, layout.ep_size, routing)
-        micro -= expert_seconds(shape, group, batch.tokens, group.num_experts, *args, traced)
-        micro += expert_seconds(shape, group, batch.tokens, local, *args, passes)
-        micro += expert_seconds(shape, group, rows, local, *args, passes)
-        # Rows are picked, packed and added back.
-        width = group.in_features + sum(group.out_features)
-        micro += 2 * passes * rows * width * precision.adapter / device.bandwidth
+        tokens, experts, p, args = batch.tokens, group.num_experts, layout.ep_size, (device, precision.adapter)
+        pairs = tokens * min(routing.active_experts, experts) * len(group.out_features)
+        products = [(tokens, experts, pairs, traced)]
+        if layout.dispatch == "tokens" and shape.is_partitioned(group, p):
+            rows = routing.skew * expected_rows(group, tokens, p, routing)
+            received = routing.skew * pairs * (p - 1) / p
+            products = [(tokens, experts // p, pairs / p, passes), (rows, experts // p, received, passes)]
+            # Rows are picked, packed and added back.
+            width = group.in_features + sum(group.out_features)
+            micro += 2 * passes * rows * width * precision.adapter / device.bandwidth
+        micro += sum(expert_seconds(shape, group, *of_rows, *args) for of_rows in products)
+        micro -= dense_seconds(shape, group, tokens, experts, traced, *args)
     dense, experts = shape.held(layout.ep_size)
     owned = dense + experts
     if layout.zero_stage:

@@ -41,7 +41,16 @@ def solve(times: Times) -> Calibration:
     seconds, (m, k, n) = times.seconds, PRODUCT[times.kind]
     bandwidth = 3 * 4 * VALUES[times.kind] / seconds["sum"]
     flops = {name: 2 * m * k * n / seconds[name] for name in ("half", "float")}
-    device = Device(times.name, times.memory, flops["half"], flops["float"], bandwidth, 0.0, times.kind == "cuda")
+    device = Device(
+        times.name,
+        times.memory,
+        flops["half"],
+        flops["float"],
+        bandwidth,
+        op_seconds=0.0,
+        asynchronous=times.kind == "cuda",
+        grouped_speed=times.grouped_speed,
+    )
     busy = 0.0 if device.asynchronous else sum(n * op_seconds(device, *op) for op, n in starting.ops.items())
     device = replace(device, op_seconds=max(seconds["starting"] - busy, 0.0) / starting.calls)
     if not device.asynchronous:

@@ -29,6 +29,8 @@ from ldmole_ds.planner.model_shape import build_base
 
 _aten = torch.ops.aten
 _TRACED_LAYERS = (2, 3)
+# The counter of operations knows products by the functions that return them.
+_IN_PLACE = {_aten.addmm_: _aten.addmm}
 
 
 @dataclass
@@ -132,7 +134,7 @@ def _flops(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
         return _attention_flops(args[0], args[1])
     if packet is _aten._scaled_dot_product_flash_attention_for_cpu_backward:
         return 5 * _attention_flops(args[1], args[2]) // 2
-    counter = flop_registry.get(packet)
+    counter = flop_registry.get(_IN_PLACE.get(packet, packet))
     return counter(*args, **kwargs, out_val=out) if counter else 0
 
 

@@ -3,7 +3,7 @@
 ``checkpoint-N`` holds
 
     training_state/     weights and moments, a file per rank, and the index of what lies where
-    adapter_config.json, trainer_state.json, scheduler.pt, rng_state_<rank>.pth, tokenizer files
+    adapter_config.json, trainer_state.json, scheduler.pt, batch.json, rng_state_<rank>.pth, tokenizer files
     manifest.json       sizes and SHA-256 of all of them, written last
 
 It replaces DeepSpeed's files, which hold the frozen base and fit one layout only.
@@ -24,6 +24,7 @@ from ldmole_ds.distributed.agreement import everyones, raise_together
 from ldmole_ds.distributed.optimizer_shards import OptimizerShards
 from ldmole_ds.model import adapter_io
 from ldmole_ds.model.training_state import first_problem, load_state, save_state
+from ldmole_ds.training.batch_record import BatchRecord, check_batch
 
 logger = logging.getLogger(__name__)
 SCHEDULER_NAME, TRAINER_STATE_NAME = "scheduler.pt", "trainer_state.json"
@@ -87,14 +88,20 @@ class CheckpointMixin:
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, with ``resume_from_checkpoint`` as in `find_checkpoint`."""
-        folder = find_checkpoint(Path(self.args.output_dir), resume_from_checkpoint, self.args.process_index)
+        rank = self.args.process_index
+        folder = find_checkpoint(Path(self.args.output_dir), resume_from_checkpoint, rank)
         if folder is not None:
+            check_batch(folder, self._batch_record, rank)
             self.args.eval_on_start = False  # that was before the first step
         return super().train(str(folder) if folder else None, *args, **kwargs)
 
     def model_and_optimizer(self) -> tuple[Any, Any]:
         """The `LDMoLEModel`, and what steps it: the engine's optimizer, or torch's."""
         return self.model, self.deepspeed.optimizer if self.deepspeed is not None else self.optimizer
+
+    @property
+    def _batch_record(self) -> BatchRecord:
+        return BatchRecord.of(self.args, self.batch_size_warmup)
 
     # ---- saving ----
 
@@ -128,8 +135,10 @@ class CheckpointMixin:
             written.append(folder / f"rng_state{own}.pth")
             self._save_scaler(str(folder))
         if self.args.should_save:
-            if not self.args.save_only_model and self._scheduler_is_ours:
-                torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+            if not self.args.save_only_model:
+                self._batch_record.write(folder)
+                if self._scheduler_is_ours:
+                    torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             self._note_callbacks()

@@ -20,7 +20,8 @@ from ldmole_ds.tasks.sft.rows import is_sft_row
 from ldmole_ds.tasks.sft.template import ensure_chat_template
 from ldmole_ds.tasks.sft.tokens import DocumentDataset, file_fingerprint, tokenize_rows
 from ldmole_ds.training.argument_groups import DataArguments
-from ldmole_ds.training.trainer import LDMoLETrainer, _keep_answer_logits
+from ldmole_ds.training.step_loss import keep_answer_logits
+from ldmole_ds.training.trainer import LDMoLETrainer
 
 
 @dataclass
@@ -181,7 +182,7 @@ class SFTLossTrainer(LDMoLETrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """For each row the sum of its negative log-probabilities, and in the place of labels their number."""
         inputs = self._accepted(self._prepare_inputs(inputs))
-        inputs = _keep_answer_logits(inputs, self._forward_parameters)
+        inputs = keep_answer_logits(inputs, self._forward_parameters)
         labels = inputs.pop("labels")
         with torch.no_grad():
             logits = model(**inputs)["logits"]

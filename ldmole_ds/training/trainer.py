@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers.loss.loss_utils import ForCausalLMLoss
+from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
-from transformers.utils import find_labels
 
 from ldmole_ds.distributed import deepspeed_groups
 from ldmole_ds.model import LDMoLEModel
@@ -25,11 +21,10 @@ from ldmole_ds.training.checks import check_trainable
 from ldmole_ds.training.flops import device_peak_tflops
 from ldmole_ds.training.live_metrics import LogWindow, TokenCounts, count_tokens
 from ldmole_ds.training.preemption import PreemptionCallback
+from ldmole_ds.training.step_loss import StepLossMixin
 
-_CHOICE_FIELDS = ("candidate_ids", "candidate_lengths", "gold", "prompt_length")
 
-
-class LDMoLETrainer(CheckpointMixin, BatchWarmupLoop):
+class LDMoLETrainer(CheckpointMixin, StepLossMixin, BatchWarmupLoop):
     """Trains an `LDMoLEModel`; everything else is the Trainer's.
 
     What differs: the optimizer's groups tell DeepSpeed which parameters are experts; the loss holds the auxiliary
@@ -71,14 +66,6 @@ class LDMoLETrainer(CheckpointMixin, BatchWarmupLoop):
         self.batch_size_warmup = batch_size_warmup
         if batch_size_warmup is not None:
             self.check_batch_size_warmup()
-        # The Trainer looks at our class, which names no labels, and takes every forward with **kwargs for one that
-        # hands num_items_in_batch to its loss. Losses other than the causal one are means over their micro-batch.
-        if self.args.label_names is None:
-            self.label_names = find_labels(type(model.base_model))
-        # The Trainer's own name: it counts shifted labels by it. It goes by loss_type, which GPT-2 has none of.
-        self._loss_shifts_labels = getattr(model, "loss_function", None) is ForCausalLMLoss
-        if not hasattr(model, "accepts_loss_kwargs"):
-            self.model_accepts_loss_kwargs &= self._loss_shifts_labels
         self.log_window = LogWindow(model, 0, peak_tflops or device_peak_tflops(self.args.device))
         self.tokens_timed, self.train_seconds, self.operations = 0, 0.0, 0.0
         check_trainable(model, self.args, self._zero_stage)
@@ -135,61 +122,6 @@ class LDMoLETrainer(CheckpointMixin, BatchWarmupLoop):
         self.log_window.tokens += counts
         return batches, num_items
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross-entropy (smoothed if asked for) plus auxiliary losses, as this rank's share of the global mean."""
-        inputs = {k: v for k, v in inputs.items() if k not in _CHOICE_FIELDS}
-        if not return_outputs:  # metrics want all logits
-            inputs = _keep_answer_logits(inputs, self._forward_parameters)
-        inputs = self._accepted(inputs)
-        # A model that takes num_items_in_batch returns its share of the whole optimizer step; one that does not,
-        # the mean of its micro-batch, which the Trainer averages.
-        num_items = num_items_in_batch if self.model_accepts_loss_kwargs else None
-        if num_items is not None:
-            inputs["num_items_in_batch"] = num_items
-            if model.training:
-                inputs["num_routed_tokens"] = self._num_routed_tokens
-                inputs["gradient_accumulation_steps"] = self.current_gradient_accumulation_steps
-        outputs = model(**inputs)
-        loss = outputs["loss"]
-        if self.args.label_smoothing_factor and model.training:
-            loss = loss + self._smoothing(outputs["logits"], inputs["labels"], num_items)
-        if num_items is not None:
-            loss = loss * self.accelerator.num_processes
-        if model.training:
-            self._note_losses(outputs, num_items)
-        return (loss, outputs) if return_outputs else loss
-
-    def _smoothing(self, logits: Tensor, labels: Tensor, num_items: Tensor | None) -> Tensor:
-        """What label smoothing adds to the cross-entropy: ``epsilon (mean_v -log p_v - (-log p_label))``."""
-        if self._loss_shifts_labels:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        valid = labels.ne(-100)
-        log_probs = F.log_softmax(logits[valid].float(), dim=-1)
-        nll = -log_probs.gather(-1, labels[valid].unsqueeze(-1)).sum()
-        uniform = -log_probs.mean(-1).sum()
-        count = valid.sum() if num_items is None else num_items
-        return self.args.label_smoothing_factor * (uniform - nll) / count
-
-    @property
-    def _forward_parameters(self) -> set[str]:
-        # Not of our model: other trainers put forwards of their own in front of it.
-        return set(inspect.signature(self.model.base_model.forward).parameters)
-
-    def _accepted(self, inputs: dict) -> dict:
-        if "position_ids" in inputs and "position_ids" not in self._forward_parameters:
-            inputs.pop("position_ids")
-        return inputs
-
-    def _note_losses(self, outputs, num_items: Tensor | None) -> None:
-        # Each value becomes this rank's share of the step's: a share of the global sum, or of the micro-steps' mean.
-        accumulation = self.current_gradient_accumulation_steps
-        scale = self.accelerator.num_processes if num_items is not None else 1 / accumulation
-        aux = outputs["aux_losses"]
-        with torch.no_grad():
-            cross_entropy = outputs["loss"] - self.model.weighted(aux)
-            for name, value in {"cross_entropy": cross_entropy, **aux}.items():
-                self.log_window.add_loss(name, value * scale)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds auxiliary losses, routing and speed to the training logs. Every rank logs, so it may reduce."""
         if "loss" in logs:
@@ -240,15 +172,3 @@ class LDMoLETrainer(CheckpointMixin, BatchWarmupLoop):
             write_atomically(Path(folder) / "training_args.bin", lambda path: torch.save(self.args, path))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-
-def _keep_answer_logits(inputs: dict, parameters: set[str]) -> dict:
-    """Compute logits only from the first answer token on: exact, and most of the head's cost when prompts are long."""
-    labels = inputs.get("labels")
-    if labels is None or "logits_to_keep" not in parameters or labels.dim() != 2:
-        return inputs
-    columns = labels.ne(-100).any(0).nonzero()
-    if columns.numel() == 0 or labels.shape[1] < 2:
-        return inputs
-    keep = labels.shape[1] - max(int(columns[0]), 1) + 1
-    return {**inputs, "labels": labels[:, -keep:], "logits_to_keep": keep}

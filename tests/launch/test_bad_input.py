@@ -80,6 +80,21 @@ def test_a_broken_row_is_named_by_file_and_line(flags, tmp_path, rows, message):
         train(parse_flags(argv({**flags, "train_file": write(tmp_path, rows)})))
 
 
+def test_a_resume_that_is_refused_leaves_the_runs_settings(flags):
+    flags |= {"save_strategy": "steps", "save_steps": 1, "batch_size_warmup_start": 2, "batch_size_warmup_steps": 1}
+    flags |= {"gradient_accumulation_steps": 2, "lambda_hidden_size": 8}
+    train(parse_flags(argv(flags)))
+    settings = flags["output_dir"] / "run_settings.json"
+    before = settings.read_text()
+    assert json.loads(before)["batch"]["batch_size_warmup_steps"] == 1
+    resumed = {**flags, "resume": "auto", "batch_size_warmup_steps": 2, "max_steps": 3}
+    with pytest.raises(UserError, match="was saved with --global_batch_size 4 .*--batch_size_warmup_steps 1, this run"):
+        train(parse_flags(argv(resumed)))
+    with pytest.raises(UserError, match="this run wants"):
+        train(parse_flags(argv({**resumed, "batch_size_warmup_steps": 1, "r": 4})))
+    assert settings.read_text() == before
+
+
 @pytest.mark.parametrize(
     ("setting", "name"),
     [

@@ -116,4 +116,5 @@ def test_the_machine_is_measured(tmp_path):
     assert done.returncode == 0, done.stderr
     device = read_calibration(tmp_path / "here.json")["device"]
     assert device.float_flops > 1e8 and device.bandwidth > 1e7 and 0 < device.op_seconds < 0.01
+    assert device.grouped_speed == 1.0  # one thread
     assert "GFLOPS" in done.stdout and "calibrating: products" in done.stdout

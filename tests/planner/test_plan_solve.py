@@ -11,7 +11,7 @@ from ldmole_ds.planner.reference import STARTING, THIN
 from ldmole_ds.planner.solve import Calibration, describe, estimate_reference, solve
 
 TRUE = Calibration(
-    Device("CPU rank", 1e9, 2e11, 4e10, 1e10, 2e-5, False),
+    Device("CPU rank", 1e9, 2e11, 4e10, 1e10, 2e-5, False, 0.5),
     {2: Wire(1e-4, 1e9), 4: Wire(2e-4, 5e8)},
     StepCosts(0.0, 3e-3, 5e-4, {2: 2e-3, 4: 9e-3}, {2: 4e-3, 4: 2e-2}),
 )
@@ -30,7 +30,7 @@ def times_of(true: Calibration, world_size: int = 4) -> Times:
     for size, wire in true.wires.items():
         seconds[f"short exchange {size}"] = wire.latency * (size - 1)
         seconds[f"long exchange {size}"] = wire.latency * (size - 1) + EXCHANGED * (size - 1) / size / wire.bandwidth
-    times = Times("CPU rank", 1e9, "cpu", world_size, seconds, {2: 3e6, 4: 8e6})
+    times = Times("CPU rank", 1e9, "cpu", world_size, seconds, {2: 3e6, 4: 8e6}, device.grouped_speed)
     shape = shape_of_config(THIN.hf_config, THIN.adapter(experts))
     for layout in reference_layouts(world_size):
         seconds[layout_name(layout)] = estimate_reference(times, true, shape, THIN.trace(experts), layout).step_seconds
@@ -40,7 +40,7 @@ def times_of(true: Calibration, world_size: int = 4) -> Times:
 def test_what_made_the_times_is_found_again():
     times = times_of(TRUE)
     found = solve(times)
-    for name in ("half_flops", "float_flops", "bandwidth", "op_seconds"):
+    for name in ("half_flops", "float_flops", "bandwidth", "op_seconds", "grouped_speed"):
         assert getattr(found.device, name) == pytest.approx(getattr(TRUE.device, name), rel=1e-3), name
     for size, wire in TRUE.wires.items():
         assert (found.wires[size].latency, found.wires[size].bandwidth) == pytest.approx((wire.latency, wire.bandwidth))

@@ -48,6 +48,19 @@ def test_further_layers_add_what_the_third_added():
     assert continued.peak == pytest.approx(whole.peak, rel=0.02)
 
 
+def test_every_product_is_counted():
+    """Of rank r more: x A^T and (h w) B, each with two products of its size in backward, whether in place or not."""
+    found = {}
+    for r in (2, 4):
+        found[r] = trace_step(small_hf_config(), tiny_config(r=r), micro=2, length=12).first
+        found[r] = sum(flops * n for (_, flops, _), n in found[r].ops.items())
+    features = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 96), (64, 96), (96, 64)]
+    tokens, more = 2 * 12, 2 * tiny_config().num_experts
+    expected = 2 * 3 * 2 * tokens * more * sum(d + o for d, o in features)
+    expected -= 3 * 2 * tokens * more * 64  # the input of the first q, k and v, a frozen embedding, has no gradient
+    assert found[4] - found[2] == expected
+
+
 def test_an_operation_takes_the_longer_of_computing_and_moving():
     assert op_seconds(DEVICE, False, 10e9, 1) == 1.0
     assert op_seconds(DEVICE, True, 10e9, 1) == 0.1

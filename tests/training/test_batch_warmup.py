@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.data import RandomSampler, SequentialSampler
 
+from ldmole_ds.checkpoint import CheckpointError
 from ldmole_ds.training.batch import BatchArguments, BatchSizeWarmup, batch_size_warmup
 from ldmole_ds.training.batch_warmup import StepRows
 from tests.distributed_utils import run_distributed
@@ -217,24 +218,29 @@ def on_ranks(rank, world_size, folder):
         trainer = watched_trainer(1, 4, zero_config(2), 2, **settings)
         trainer.train(resume_from_checkpoint=resume)
         runs.append((trainer.seen, logged(trainer)))
-    return trained, runs
+    start_deepspeed_state()
+    other = make_trainer(1, 4, zero_config(2), 2, batch_size_warmup=BatchSizeWarmup(2, 2), **settings)
+    with pytest.raises(CheckpointError) as refused:
+        other.train(resume_from_checkpoint=resume)
+    return trained, runs, str(refused.value)
 
 
 @pytest.mark.distributed
 def test_two_ranks_train_as_one_process_and_resume(tmp_path):
     results = run_distributed(on_ranks, 2, str(tmp_path), deepspeed=True, timeout_s=300)
     expected = by_hand(FIRST_EPOCH, 2)
-    for trained, _ in results:
+    for trained, *_ in results:
         for found in trained:
             assert_same(found, expected)
     # One process goes on where two ranks were, in the midst of the warm-up.
     alone = watched_trainer(2, 4, max_steps=6, lr_scheduler_type="linear")
     alone.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for step, one_process in enumerate(alone.seen, 2):
-        assert sorted(one_process) == sorted(sum((runs[0][0][step] for _, runs in results), []))
+        assert sorted(one_process) == sorted(sum((runs[0][0][step] for _, runs, _ in results), []))
     two_ranks = results[0][1][0][1]
     for found, expected in zip(logged(alone), two_ranks, strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
-    for _, ((seen, losses), (seen_after, losses_after)) in results:
+    for _, ((seen, losses), (seen_after, losses_after)), refused in results:
         assert seen_after == seen[2:]
         assert losses_after == losses
+        assert "checkpoint-2 was saved with --global_batch_size 8 --batch_size_warmup_start 2" in refused
