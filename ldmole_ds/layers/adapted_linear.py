@@ -33,7 +33,7 @@ class AdaptedLinear(nn.Module):
         """``(..., D) -> (..., O)``."""
         if not self.group.holder.enabled:
             return self.base_layer(x)
-        if self.group.overlaps:
+        if self.group.gives_outputs(self.member, x):
             return self.group.output_of(self.member, x)
         plain = not torch.compiler.is_compiling() and is_plain(self.base_layer, x)
         update, results = self.group.update_of(self.member, x, hand_on=plain), self.group.results

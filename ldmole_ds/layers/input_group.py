@@ -35,6 +35,7 @@ from ldmole_ds.layers.context import ContextHolder, ForwardContext, RoutingRecor
 from ldmole_ds.layers.lambda_mlp import LambdaMLP
 from ldmole_ds.layers.member_results import MemberResults
 from ldmole_ds.layers.routers import Router
+from ldmole_ds.layers.whole_group import runs_whole, whole_group
 from ldmole_ds.ops.autocast import without_autocast
 from ldmole_ds.ops.dropout import dropout
 from ldmole_ds.ops.expert_compute import may_be_grouped
@@ -106,6 +107,7 @@ class InputGroup(nn.Module):
         else:
             self.__dict__["lambda_mlp"] = lambda_mlp
         self.results = MemberResults(self.members)
+        self._is_whole = False
         # Filled by the adapted layers, which own their frozen layers: not registered here.
         self.__dict__["layers"] = [None] * len(members)
 
@@ -136,8 +138,14 @@ class InputGroup(nn.Module):
         """Whether the group runs its frozen layers itself, while tokens travel."""
         return getattr(self.dispatcher, "overlaps", False)
 
+    def gives_outputs(self, member: int, x: Tensor) -> bool:
+        """Whether the group runs the frozen layers of all members itself: in one node, or while tokens travel."""
+        if member == 0 or self.results.pending is None:
+            self._is_whole = runs_whole(self, x)
+        return self.overlaps or self._is_whole
+
     def output_of(self, member: int, x: Tensor) -> Tensor:
-        """``W x`` and the update for one member, ``(..., D) -> (..., O_g)``; `overlaps` only."""
+        """``W x`` and the update for one member, ``(..., D) -> (..., O_g)``; where the group `gives_outputs`."""
         return self.results.take(member, x, lambda: self(x, with_frozen=True))
 
     def update_of(self, member: int, x: Tensor, hand_on: bool = False) -> Tensor | Update:
@@ -158,10 +166,12 @@ class InputGroup(nn.Module):
     ) -> Sequence[Tensor | Update]:
         """``(..., D) -> G updates (..., O_g)`` in the dtype of ``x``; with ``low_rank`` in factors where there are.
 
-        ``with_frozen``: the frozen layers' outputs with their updates instead (`overlaps` only). ``hand_on``: see
+        ``with_frozen``: the frozen layers' outputs with their updates instead (`gives_outputs`). ``hand_on``: see
         `update_of`.
         """
         context = self._context()
+        if with_frozen and not self.overlaps:
+            return whole_group(self, x, context)
         # Autocast would compute the router in half precision and mix the dtypes of the experts' products.
         with without_autocast(x):
             raw_TD = x.reshape(-1, self.in_features)

@@ -34,24 +34,24 @@ def compiler() -> list[str] | None:
 
 
 @functools.cache
-def load(source: Path) -> ctypes.CDLL:
-    """The library made of this one file.
+def load(sources: tuple[Path, ...]) -> ctypes.CDLL:
+    """The library made of these files; the first one names it.
 
     Raises:
         NoCompilerError: It was not built before and cannot be built; says why.
     """
     command = compiler()
-    parts = (source.read_text(), " ".join(command or ()), " ".join(FLAGS), _processor())
-    name = f"{source.stem}-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
+    parts = (*(source.read_text() for source in sources), " ".join(command or ()), " ".join(FLAGS), _processor())
+    name = f"{sources[0].stem}-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
     for folder in (_cache(), None):
         try:
-            return _load_or_build(source, command, name, folder)
+            return _load_or_build(sources, command, name, folder)
         except OSError as error:  # a home that cannot be written to, or programs there must not run
             reason = error
-    raise NoCompilerError(f"{source.name} was compiled but cannot be loaded: {reason}")
+    raise NoCompilerError(f"{sources[0].name} was compiled but cannot be loaded: {reason}")
 
 
-def _load_or_build(source: Path, command: list[str] | None, name: str, folder: Path | None) -> ctypes.CDLL:
+def _load_or_build(sources: tuple[Path, ...], command: list[str] | None, name: str, folder: Path | None) -> ctypes.CDLL:
     if folder is not None and (folder / name).exists():
         try:
             return ctypes.CDLL(str(folder / name))
@@ -63,19 +63,19 @@ def _load_or_build(source: Path, command: list[str] | None, name: str, folder: P
         folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as build:
         built = Path(build) / name
-        _compile(command, source, built)
+        _compile(command, sources, built)
         library = ctypes.CDLL(str(built))
         if folder is not None:
             os.replace(built, folder / name)
         return library
 
 
-def _compile(command: list[str], source: Path, target: Path) -> None:
+def _compile(command: list[str], sources: tuple[Path, ...], target: Path) -> None:
     last = ""
     for native in (["-march=native"], []):  # not every compiler knows it
         try:
             done = subprocess.run(
-                [*command, *FLAGS, *native, "-o", str(target), str(source), "-lm"],
+                [*command, *FLAGS, *native, "-o", str(target), *map(str, sources), "-lm"],
                 capture_output=True,
                 text=True,
                 timeout=COMPILE_TIMEOUT_S,
@@ -86,7 +86,7 @@ def _compile(command: list[str], source: Path, target: Path) -> None:
             return
         lines = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit status {done.returncode}"]
         last = lines[0]
-    raise NoCompilerError(f"the C compiler {command[0]} could not build {source.name}: {last}")
+    raise NoCompilerError(f"the C compiler {command[0]} could not build {sources[0].name}: {last}")
 
 
 def _cache() -> Path:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from ldmole_ds.ops import routing_cpu, routing_triton
+from ldmole_ds.ops import cpu_kernels, routing_cpu, routing_triton
 from ldmole_ds.ops.losses import router_z_sum, sparsity_sum
 from ldmole_ds.ops.routing_spec import LAMBDA_TOP, Routing, RoutingSpec
 from ldmole_ds.ops.sparsegen import sparsegen
@@ -55,7 +55,7 @@ def uses_fused_routing(logits: Tensor) -> bool:
         raise ValueError(f"{SWITCH}={switch!r} is not known: use auto, on or off")
     if switch == "off" or logits.is_meta:
         return False
-    missing = _what_is_missing(_backend(logits))
+    missing = _what_is_missing(backend_of(logits))
     if missing is not None and switch == "on":
         raise ValueError(f"{SWITCH}=on, but {missing}, or unset it")
     if missing is not None:
@@ -63,7 +63,8 @@ def uses_fused_routing(logits: Tensor) -> bool:
     return missing is None
 
 
-def _backend(logits: Tensor) -> ModuleType:
+def backend_of(logits: Tensor) -> ModuleType:
+    """Whose kernel serves tensors on this device."""
     on_gpu = logits.is_cuda or (os.environ.get(SWITCH) == "on" and os.environ.get("TRITON_INTERPRET") == "1")
     return routing_triton if on_gpu else routing_cpu
 
@@ -71,7 +72,7 @@ def _backend(logits: Tensor) -> ModuleType:
 def _what_is_missing(backend: ModuleType) -> str | None:
     if backend is routing_triton:
         return None if routing_triton.is_here() else "Triton cannot be imported: install triton"
-    reason = routing_cpu.why_not()
+    reason = cpu_kernels.why_not()
     return None if reason is None else f"its C source was not built: {reason}: install a C compiler"
 
 
@@ -86,7 +87,7 @@ class _FusedRouting(torch.autograd.Function):
     def forward(ctx, logits_GET: Tensor, lambda_logit_T: Tensor, mask_T: Tensor | None, spec: RoutingSpec):
         logits, lambda_logit = logits_GET.contiguous(), lambda_logit_T.contiguous()
         mask = None if mask_T is None else mask_T.contiguous().view(torch.uint8)
-        ctx.backend, ctx.spec = _backend(logits), spec
+        ctx.backend, ctx.spec = backend_of(logits), spec
         probs, lam, sums, plan = ctx.backend.forward(logits, lambda_logit, mask, spec)
         ctx.save_for_backward(logits, lambda_logit, mask)
         ctx.set_materialize_grads(False)

@@ -24,7 +24,7 @@ def source(folder, text):
     path = folder / "answer.c"
     path.write_text(text)
     c_library.load.cache_clear()
-    return path
+    return (path,)
 
 
 def test_it_is_built_once_and_again_when_the_source_changes(cache, tmp_path, monkeypatch):
@@ -62,8 +62,8 @@ def test_why_it_cannot_be_built(cache, tmp_path, monkeypatch):
 
 
 def test_processes_that_build_at_the_same_time(cache, tmp_path):
-    path = source(tmp_path, SOURCE % 9)
-    program = "import sys, pathlib as p, ldmole_ds.ops.c_library as c; print(c.load(p.Path(sys.argv[1])).answer())"
+    (path,) = source(tmp_path, SOURCE % 9)
+    program = "import sys, pathlib as p, ldmole_ds.ops.c_library as c; print(c.load((p.Path(sys.argv[1]),)).answer())"
     command = [sys.executable, "-c", program, str(path)]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert [p.communicate(timeout=100)[0].strip() for p in started] == ["9"] * 3

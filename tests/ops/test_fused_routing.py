@@ -8,8 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ldmole_ds.ops import routing_cpu, routing_triton
-from ldmole_ds.ops.fused_routing import SWITCH, _backend, destinations_of, fused_routing, routing_reference
+from ldmole_ds.ops import cpu_kernels, routing_cpu, routing_triton
+from ldmole_ds.ops.fused_routing import SWITCH, backend_of, destinations_of, fused_routing, routing_reference
 from ldmole_ds.ops.routing_spec import RoutingSpec, RoutingSums
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,13 +23,13 @@ def backend(request, monkeypatch):
     if request.param == "triton":
         pytest.importorskip("triton", reason="the routing kernel needs triton: pip install triton")
         monkeypatch.setenv(SWITCH, "on")
-        assert _backend(torch.zeros(1, device=DEVICE)) is routing_triton
+        assert backend_of(torch.zeros(1, device=DEVICE)) is routing_triton
         return request.param
-    if reason := routing_cpu.why_not():
+    if reason := cpu_kernels.why_not():
         pytest.skip(reason)
     monkeypatch.delenv(SWITCH, raising=False)
     monkeypatch.setitem(globals(), "DEVICE", "cpu")
-    assert _backend(torch.zeros(1)) is routing_cpu
+    assert backend_of(torch.zeros(1)) is routing_cpu
     return request.param
 
 

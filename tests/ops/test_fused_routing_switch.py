@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ldmole_ds.ops import cpu_kernels, routing_triton
 from ldmole_ds.ops import fused_routing as module
-from ldmole_ds.ops import routing_cpu, routing_triton
 from ldmole_ds.ops.fused_routing import uses_fused_routing
 
 pytest.importorskip("triton", reason="the routing kernel needs triton: pip install triton")
@@ -23,7 +23,7 @@ def test_who_uses_the_kernel(monkeypatch):
     logits = torch.zeros(1, 2, 3, device=DEVICE)
     monkeypatch.delenv(module.SWITCH, raising=False)
     assert uses_fused_routing(logits)
-    assert uses_fused_routing(torch.zeros(1, 2, 3)) == (routing_cpu.why_not() is None)
+    assert uses_fused_routing(torch.zeros(1, 2, 3)) == (cpu_kernels.why_not() is None)
     with FakeTensorMode():
         assert not uses_fused_routing(torch.zeros(1, 2, 3))
     assert not uses_fused_routing(torch.zeros(1, 2, 3, device="meta"))
@@ -40,7 +40,7 @@ def test_who_uses_the_kernel(monkeypatch):
 def test_it_is_never_silently_replaced(monkeypatch):
     monkeypatch.setenv(module.SWITCH, "on")
     monkeypatch.setattr(routing_triton, "is_here", lambda: False)
-    monkeypatch.setattr(routing_cpu, "why_not", lambda: "there is no C compiler")
+    monkeypatch.setattr(cpu_kernels, "why_not", lambda: "there is no C compiler")
     with pytest.raises(ValueError, match="on, but Triton cannot be imported: install triton, or unset it"):
         uses_fused_routing(OnGPU())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -56,7 +56,7 @@ def test_what_is_missing_is_told_once(monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.delenv(module.SWITCH, raising=False)
     monkeypatch.setattr(routing_triton, "is_here", lambda: False)
-    monkeypatch.setattr(routing_cpu, "why_not", lambda: "there is no C compiler")
+    monkeypatch.setattr(cpu_kernels, "why_not", lambda: "there is no C compiler")
     module._tell.cache_clear()
     for logits in (OnGPU(), OnGPU(), torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)):
         assert not uses_fused_routing(logits)

@@ -1,0 +1,68 @@
+"""An input group's members in one node of the graph, where `ldmole_ds.ops.group_product` can do that."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ldmole_ds.distributed import LocalTokenDispatcher
+from ldmole_ds.distributed.zero import is_zero3_parameter
+from ldmole_ds.layers.context import ForwardContext, RoutingRecord
+from ldmole_ds.ops import routing_cpu
+from ldmole_ds.ops.dropout import dropout
+from ldmole_ds.ops.expert_compute import may_be_grouped
+from ldmole_ds.ops.frozen_product import is_plain
+from ldmole_ds.ops.fused_routing import backend_of, uses_fused_routing
+from ldmole_ds.ops.group_product import GroupWeights, group_product
+from ldmole_ds.ops.routing_spec import RoutingSpec
+
+if TYPE_CHECKING:
+    from ldmole_ds.layers.input_group import InputGroup
+
+
+def runs_whole(group: InputGroup, x: Tensor) -> bool:
+    """Whether `whole_group` gives what the members of this group give one by one on x ``(..., D)``.
+
+    On a CPU in float32 with LD-MoLE's router, all experts here and not so large that their products may be grouped, and
+    frozen layers that are plain products.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not group.router.uses_lambda:
+        return False
+    if type(group.dispatcher) is not LocalTokenDispatcher or torch.compiler.is_compiling():
+        return False
+    weights = (group.lora_A, group.lambda_mlp.weight_in)
+    if any(type(w) is not nn.Parameter or w.dtype != torch.float32 or is_zero3_parameter(w) for w in weights):
+        return False
+    if not all(is_plain(layer.base_layer, x) for layer in group.layers):
+        return False
+    if not uses_fused_routing(x) or backend_of(x) is not routing_cpu:
+        return False
+    return not may_be_grouped(x.numel() // group.in_features, group.lora_A, group.out_features)
+
+
+def whole_group(group: InputGroup, x: Tensor, context: ForwardContext) -> list[Tensor]:
+    """``W_g x`` and the update for all members, ``(..., D) -> G times (..., O_g)``."""
+    x_in = x_TD = x.reshape(-1, group.in_features)
+    if group.dropout and group.training:
+        x_TD = dropout(x_in, group.dropout)
+    mask_T, mlp = context.token_mask(x), group.lambda_mlp
+    layers = [layer.base_layer for layer in group.layers]
+    weights = GroupWeights(
+        [layer.weight for layer in layers],
+        [layer.bias for layer in layers],
+        group.lora_A,
+        list(group.lora_B),
+        group.gate,
+        (mlp.weight_in, mlp.bias_in, mlp.weight_out, mlp.bias_out),
+        group.scaling,
+    )
+    spec = RoutingSpec(torch.float32, context.target_num_experts, group.mask_padding)
+    found = group_product(x_in, x_TD, mask_T, weights, spec)
+    if context.recording:
+        logits, probs = found.logits_GET.permute(2, 0, 1), found.probs_GET.permute(2, 0, 1)
+        record = (group.name, logits, probs, found.lam_T, mask_T, found.live_units_H, found.sums)
+        context.records.append(RoutingRecord(*record))
+    # Not views: what a model changes in place must not be a view of a custom function's output.
+    return [torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]) for y in found.outputs]
