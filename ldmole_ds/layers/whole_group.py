@@ -30,7 +30,9 @@ def runs_whole(group: InputGroup, x: Tensor) -> bool:
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or not group.router.uses_lambda:
         return False
-    if type(group.dispatcher) is not LocalTokenDispatcher or torch.compiler.is_compiling():
+    if type(group.dispatcher) is not LocalTokenDispatcher or "run" in group.dispatcher.__dict__:
+        return False  # nor is somebody watching it
+    if torch.compiler.is_compiling():
         return False
     weights = (group.lora_A, group.lambda_mlp.weight_in)
     if any(type(w) is not nn.Parameter or w.dtype != torch.float32 or is_zero3_parameter(w) for w in weights):
