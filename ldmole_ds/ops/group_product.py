@@ -94,9 +94,9 @@ class _GroupProduct(torch.autograd.Function):
         ctx.save_for_backward(
             None if x_in is x_TD else x_in, x_TD, mask, stacked, rows, lambda_logit, probs, weighted, weight_out, *rest
         )
-        ctx.mark_non_differentiable(logits, probs, lam, live)
+        ctx.mark_non_differentiable(logits, probs, lam)
         ctx.set_materialize_grads(False)
-        return *outputs, sums, logits, probs, lam, live
+        return *outputs, sums, logits, probs, lam, live.view(torch.bool)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -117,8 +117,7 @@ class _GroupProduct(torch.autograd.Function):
             grad_lora_B.append((weighted[i] @ grad).view_as(lora_B[i]))
             torch.mm(lora_B[i].flatten(0, 1), grad.t(), out=grad_u)
         grad_sums = None if grads[g] is None else grads[g].contiguous()
-        of_mlp = x_TD.new_empty(2 * units + 1)
-        grad_out, grad_bias, grad_bias_out = of_mlp.split([units, units, 1])
+        grad_out, grad_bias, grad_bias_out = (x_TD.new_empty(n) for n in (units, units, 1))
         inputs = (rows, weight_out, mask, lambda_logit, probs, grad_sums, grad_rows)
         cpu_kernels.call("group_backward", *inputs, grad_out, grad_bias, grad_bias_out, *ctx.sizes)
         grad_x = None
@@ -126,9 +125,9 @@ class _GroupProduct(torch.autograd.Function):
             grad_in.addmm_(grad_rows.t(), stacked)
         elif need_x:
             grad_x = grad_rows.t() @ stacked
-        weights = (grad_rows @ x_TD).split([g * e * r, g * e, units])
-        grad_A, grad_gate = weights[0].view(g, e, r, -1), weights[1].view(g, e, -1)
-        of_weights = (grad_A, grad_gate, weights[2], grad_bias, grad_out.view_as(weight_out), grad_bias_out)
+        grad_A, grad_gate, grad_in_H = torch.split_with_sizes(grad_rows @ x_TD, [g * e * r, g * e, units])
+        of_weights = (grad_A.view(g, e, r, -1), grad_gate.view(g, e, -1), grad_in_H)
+        of_weights += (grad_bias, grad_out.view_as(weight_out), grad_bias_out)
         return grad_in, grad_x, None, None, None, None, *of_weights, *[None] * g, *grad_lora_B
 
 
@@ -150,7 +149,7 @@ def group_product(
         x_in, x_TD, mask, spec, weights.scaling, weights.biases, *routing, *weights.frozen, *weights.lora_B
     )
     g = len(weights.frozen)
-    return GroupResult(list(found[:g]), *found[g:-1], found[-1].bool())
+    return GroupResult(list(found[:g]), *found[g:])
 
 
 def group_product_reference(
