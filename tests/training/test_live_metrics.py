@@ -184,8 +184,8 @@ def watch_activations(model):
 
     def watched(batches, records):
         if model.training:
-            for batch in batches:
-                used = (batch.probs_TJE > 0) & batch.mask_T.view(-1, 1, 1)
+            for record in records:
+                used = (record.probs_TGE > 0) & record.mask_T.view(-1, 1, 1)
                 counts.add_(used.sum((0, 1)).view(2, -1).sum(-1))
         add(batches, records)
 
