@@ -3,8 +3,8 @@
 
     python benchmarks/startup.py
 
-Each way of starting takes its turn in every round: alone and by the DeepSpeed launcher on two ranks, with the folder of
-compiled extensions as it is (warm) and empty. A first round, not counted, fills the disk cache. Marks are the times at
+Each way of starting takes its turn in every round: alone and by the DeepSpeed launcher on two ranks, with the folders of
+compiled extensions as they are (warm) and empty. A first round, not counted, fills the disk cache. Marks are the times at
 which the run prints the ranks it found (imports and communication are up), its settings (data and model are there), and
 the first step's loss.
 """
@@ -28,7 +28,7 @@ import harness  # noqa: E402
 from ldmole_ds.training.run_record import versions  # noqa: E402
 
 BAR_S = 12.0
-MARKS = {"ranks": "accelerator ", "settings": "batch     ", "first step": "'loss'"}
+MARKS = {"ranks": ", accelerator ", "settings": "batch     ", "first step": "'loss'"}
 
 
 def tiny_model(folder: Path) -> None:
@@ -66,7 +66,7 @@ def marks_of(words: list[str], extensions: Path | None) -> dict[str, float]:
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     if extensions is not None:
-        environment["TORCH_EXTENSIONS_DIR"] = str(extensions)
+        environment |= dict.fromkeys(("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"), str(extensions))
     begin, found, output = time.perf_counter(), {}, []
     process = subprocess.Popen(
         words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
