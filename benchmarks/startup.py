@@ -3,10 +3,10 @@
 
     python benchmarks/startup.py
 
-Each way of starting takes its turn in every round: alone and by the DeepSpeed launcher on two ranks, with the folders of
-compiled extensions as they are (warm) and empty. A first round, not counted, fills the disk cache. Marks are the times at
-which the run prints the ranks it found (imports and communication are up), its settings (data and model are there), and
-the first step's loss.
+Each way of starting takes its turn in every round: alone and by the DeepSpeed launcher on two ranks, with the folders
+of compiled extensions as they are (warm) and empty. A first round, not counted, fills the disk cache. Marks are the
+times at which the run prints the ranks it found (imports and communication are up), its settings (data and model are
+there), and the first step's loss.
 """
 
 from __future__ import annotations
