@@ -26,7 +26,7 @@ class RoutingRecord:
         mask_T: bool, True for tokens that are not padding; None when there is no padding mask.
         live_units_H: bool, lambda MLP hidden units that fired on some token; None for routers without one.
         sums: ``Routing.sums`` of `ldmole_ds.ops.fused_routing`, where the kernel has made them: statistics and losses
-            come from them, with their graph, and not from the tensors above.
+            come from them, with their graph, and not from the tensors above, which may then be without.
     """
 
     group: str

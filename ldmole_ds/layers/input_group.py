@@ -7,11 +7,8 @@ A Llama layer has four: q/k/v, o, gate/up, down. The group runs once; each membe
 How the members find each other. Hugging Face models call q, k and v one after another on the same tensor, or (under
 ZeRO-3) on different tensor objects over one storage: `ldmole_ds.layers.member_results`.
 
-Where tokens travel, the first member also runs the frozen layers of all members while rows are on their way:
-
-    tokens leave | W of the first members | remote experts, results leave | W of the others, own experts | add
-
-and backward in the opposite order (`ldmole_ds.distributed.expert_exchange`).
+Where tokens travel the first member also runs the frozen layers of all members, while rows are on their way
+(`ldmole_ds.layers.overlapped_group`); so it does where one node can be made of them all (`whole_group`).
 
 Shape legend: T tokens, D in_features, G members, E experts, e local experts, r rank, O summed out_features.
 """
@@ -19,7 +16,6 @@ Shape legend: T tokens, D in_features, G members, E experts, e local experts, r 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -28,12 +24,11 @@ from torch import Tensor, nn
 
 from ldmole_ds.distributed import ExpertParallel, ExpertWeights, LocalTokenDispatcher
 from ldmole_ds.distributed.deepspeed_groups import mark_expert_parameter
-from ldmole_ds.distributed.dispatch import expert_updates
-from ldmole_ds.distributed.expert_exchange import RemoteExperts
 from ldmole_ds.distributed.zero import is_zero3_parameter
 from ldmole_ds.layers.context import ContextHolder, ForwardContext, RoutingRecord, in_backward
 from ldmole_ds.layers.lambda_mlp import LambdaMLP
 from ldmole_ds.layers.member_results import MemberResults
+from ldmole_ds.layers.overlapped_group import overlapped_group
 from ldmole_ds.layers.routers import Router
 from ldmole_ds.layers.whole_group import runs_whole, whole_group
 from ldmole_ds.ops.autocast import without_autocast
@@ -189,29 +184,7 @@ class InputGroup(nn.Module):
                 y = updates.to(x.dtype).view(*x.shape[:-1], updates.shape[-1])
                 return y.split(self.out_features, dim=-1)
             remote = self.dispatcher.begin(x_TD, probs_TGE, experts, self.name, destinations)
-        return self._with_frozen(x, x_TD, probs_TGE, experts, remote)
-
-    def _with_frozen(
-        self, x: Tensor, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, remote: RemoteExperts
-    ) -> Sequence[Tensor]:
-        """The frozen layers and this rank's own experts, while rows travel to other ranks and back."""
-        # About half of the frozen layers' work for each way; the first way of a group of one.
-        done = list(itertools.accumulate(self.out_features))
-        first = 1 + sum(2 * o < done[-1] for o in done[:-1])
-        outputs = [layer.base_layer(x) for layer in self.layers[:first]]
-        with without_autocast(x):
-            remote.compute()
-        outputs += [layer.base_layer(x) for layer in self.layers[first:]]
-        dtype = experts.lora_A.dtype
-        with without_autocast(x):
-            own = expert_updates(x_TD, self.dispatcher.own(probs_TGE).to(dtype), experts)
-            # Experts in float32 beside a half-precision base are summed before they are rounded.
-            totals = [
-                layer.add(update, y) if y.dtype == dtype else update.add_to(torch.zeros_like(y, dtype=dtype), True)
-                for layer, update, y in zip(self.layers, own, outputs, strict=True)
-            ]
-            totals = remote.add_to(totals)
-            return [t if y.dtype == dtype else y + t.to(y.dtype) for t, y in zip(totals, outputs, strict=True)]
+        return overlapped_group(self, x, x_TD, probs_TGE, experts, remote)
 
     def _context(self) -> ForwardContext:
         context = self.holder.current

@@ -30,8 +30,9 @@ def runs_whole(group: InputGroup, x: Tensor) -> bool:
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or not group.router.uses_lambda:
         return False
+    # Another dispatcher moves something, and one whose `run` was replaced is watched by somebody.
     if type(group.dispatcher) is not LocalTokenDispatcher or "run" in group.dispatcher.__dict__:
-        return False  # nor is somebody watching it
+        return False
     if torch.compiler.is_compiling():
         return False
     weights = (group.lora_A, group.lambda_mlp.weight_in)

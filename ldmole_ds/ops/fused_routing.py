@@ -27,6 +27,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ldmole_ds.ops import cpu_kernels, routing_cpu, routing_triton
@@ -95,6 +96,7 @@ class _FusedRouting(torch.autograd.Function):
         return probs, lam, sums, plan
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_probs: Tensor | None, _lam, grad_sums: Tensor | None, _plan):
         return *ctx.backend.backward(*ctx.saved_tensors, ctx.spec, grad_probs, grad_sums), None, None
 

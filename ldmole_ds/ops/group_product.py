@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ldmole_ds.ops import cpu_kernels
@@ -99,6 +100,7 @@ class _GroupProduct(torch.autograd.Function):
         return *outputs, sums, logits, probs, lam, live.view(torch.bool)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         x_in, x_TD, mask, stacked, rows, lambda_logit, probs, weighted, weight_out, *rest = ctx.saved_tensors
         t, e, g, r, units, *_ = ctx.sizes
