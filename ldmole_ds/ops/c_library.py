@@ -43,7 +43,7 @@ def load(sources: tuple[Path, ...]) -> ctypes.CDLL:
     command = compiler()
     parts = (*(source.read_text() for source in sources), " ".join(command or ()), " ".join(FLAGS), _processor())
     name = f"{sources[0].stem}-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
-    for folder in (_cache(), None):
+    for folder in dict.fromkeys((_cache(), None)):
         try:
             return _load_or_build(sources, command, name, folder)
         except OSError as error:  # a home that cannot be written to, or programs there must not run
@@ -89,8 +89,12 @@ def _compile(command: list[str], sources: tuple[Path, ...], target: Path) -> Non
     raise NoCompilerError(f"the C compiler {command[0]} could not build {sources[0].name}: {last}")
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldmole_ds"
+def _cache() -> Path | None:
+    """None for a user without a home, as containers may have."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldmole_ds"
+    except RuntimeError:
+        return None
 
 
 def _processor() -> str:

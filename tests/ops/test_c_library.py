@@ -53,6 +53,15 @@ def test_a_cache_that_cannot_be_written_to(cache, tmp_path):
     assert c_library.load(source(tmp_path, SOURCE % 5)).answer() == 5
 
 
+def test_a_user_without_a_home(cache, tmp_path, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(c_library.Path, "home", no_home)
+    assert c_library.load(source(tmp_path, SOURCE % 6)).answer() == 6
+
+
 def test_why_it_cannot_be_built(cache, tmp_path, monkeypatch):
     with pytest.raises(NoCompilerError, match="could not build answer.c: .*error"):
         c_library.load(source(tmp_path, "int answer(void) { return missing; }"))
