@@ -22,7 +22,8 @@ def loop_on_ranks(rank: int, world_size: int, model: str, folder: str) -> str:
     """The example's loop in every layout; returns what partitioned experts get at stage 0."""
     from examples import plain_loop
 
-    values = {"model_name_or_path": model, "steps": STEPS, "batch_size": 3}
+    # With fewer rows some element's gradient is no larger than its rounding, and Adam makes a whole step of it.
+    values = {"model_name_or_path": model, "steps": STEPS, "batch_size": 6}
     for ep_size, stage in LAYOUTS:
         torch.manual_seed(rank)  # for dropout
         plain_loop.train(Namespace(**values, ep_size=ep_size, stage=stage, output_dir=f"{folder}/{ep_size}-{stage}"))
@@ -46,8 +47,7 @@ def test_every_layout_trains_the_same_adapter_and_stage_0_is_refused(tiny_model_
     for layout, state in zip(LAYOUTS[1:], states[1:], strict=True):
         assert state.keys() == states[0].keys()
         for key, expected in states[0].items():
-            # Adam divides each element by its own size: the smallest of thousands carry rounding of 1e-7 up to here.
-            assert (state[key] - expected).norm() <= 5e-5 * expected.norm(), (layout, key)
+            assert (state[key] - expected).norm() <= 1e-5 * expected.norm(), (layout, key)
     assert all(len(value) == 8 and value.norm() > 0 for key, value in states[0].items() if key.endswith("lora_B"))
     assert start.adapter_config.num_experts == 8
 
