@@ -35,7 +35,7 @@ def compiler() -> list[str] | None:
 
 @functools.cache
 def load(sources: tuple[Path, ...]) -> ctypes.CDLL:
-    """The library made of these files; the first one names it.
+    """The library made of these files, headers among them; the first one names it.
 
     Raises:
         NoCompilerError: It was not built before and cannot be built; says why.
@@ -71,11 +71,11 @@ def _load_or_build(sources: tuple[Path, ...], command: list[str] | None, name: s
 
 
 def _compile(command: list[str], sources: tuple[Path, ...], target: Path) -> None:
-    last = ""
+    compiled, last = [str(source) for source in sources if source.suffix == ".c"], ""
     for native in (["-march=native"], []):  # not every compiler knows it
         try:
             done = subprocess.run(
-                [*command, *FLAGS, *native, "-o", str(target), *map(str, sources), "-lm"],
+                [*command, *FLAGS, *native, "-o", str(target), *compiled, "-lm"],
                 capture_output=True,
                 text=True,
                 timeout=COMPILE_TIMEOUT_S,

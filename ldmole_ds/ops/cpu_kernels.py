@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldmole_ds.ops import c_library
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("routing_cpu.c", "group_cpu.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("routing_cpu.c", "group_cpu.c", "routing_cpu.h"))
 _SIGNATURES = {"routing_forward": "ttttttt|nnnnnn|i", "routing_backward": "ttttttt|nnnn|i"}
 _SIGNATURES |= {"group_forward": "ttttttttttt|nnnnnn|if", "group_backward": "tttttttttt|nnnnnn|if"}
 _TYPES = {"t": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}

@@ -11,12 +11,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 
-#define LANES 16
+#include "routing_cpu.h"
 
-int routing_forward(const float *, const float *, const uint8_t *, float *, float *, float *, uint8_t *, int64_t, int64_t,
-                    int64_t, int64_t, int64_t, int64_t, int);
-int routing_backward(const float *, const float *, const uint8_t *, const float *, const float *, float *, float *, int64_t,
-                     int64_t, int64_t, int64_t, int);
+#define LANES 16
 
 /* Sum of products, in lanes that the compiler keeps in a vector. b may be NULL, for a sum. */
 static float dot(const float *a, const float *b, int64_t n) {

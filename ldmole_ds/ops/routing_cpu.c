@@ -13,8 +13,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "routing_cpu.h"
+
 #define BLOCK 32
-#define LAMBDA_EPS 0.01f /* lambda = logsigmoid(.) + 1 - eps */
+#define LAMBDA_EPS 0.01f /* lambda = logsigmoid(.) + 1 - eps, as LAMBDA_TOP in routing_spec.py */
 #define EACH_TOKEN for (int t = 0; t < BLOCK; t++)
 
 typedef float Row[BLOCK];
