@@ -10,13 +10,16 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ldmole_ds.ops import c_library
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("routing_cpu.c", "group_cpu.c", "routing_cpu.h"))
-_SIGNATURES = {"routing_forward": "ttttttt|nnnnnn|i", "routing_backward": "ttttttt|nnnn|i"}
-_SIGNATURES |= {"group_forward": "ttttttttttt|nnnnnn|if", "group_backward": "tttttttttt|nnnnnn|if"}
+_FILES = ("routing.c", "group.c", "routing.h", "block.h", "parts.h")
+SOURCES = tuple(Path(__file__).with_name("csrc") / name for name in _FILES)
+# Of tensors, sizes, options, and threads.
+_SIGNATURES = {"routing_forward": "ttttttt|nnnnnn|i|i", "routing_backward": "ttttttt|nnnn|i|i"}
+_SIGNATURES |= {"group_forward": "ttttttttttt|nnnnnn|if|i", "group_backward": "tttttttt|nnnnnn|if|i"}
 _TYPES = {"t": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 
 
@@ -40,10 +43,11 @@ def why_not() -> str | None:
 
 
 def call(name: str, *args: Tensor | int | float | None) -> None:
-    """Run one of them.
+    """Run one of them, in as many threads as PyTorch's operations run in.
 
     Raises:
         MemoryError: There is none for its scratch space.
     """
-    if _functions()[name](*[a.data_ptr() if isinstance(a, Tensor) else a for a in args]):
+    given = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
+    if _functions()[name](*given, torch.get_num_threads()):
         raise MemoryError("no memory for the routing kernel's scratch space")
