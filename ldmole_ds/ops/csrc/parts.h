@@ -10,7 +10,8 @@
 #include <stdint.h>
 
 #define PART_MULTIPLE 32 /* tokens: a cache line of flags, two of floats */
-#define SMALLEST_PART 512 /* with less, fetching rows that the other core has written takes what is gained */
+/* Tokens. Smaller parts gain nothing: each core first fetches what the other has written. */
+#define SMALLEST_PART 512
 
 typedef void (*PartBody)(void *call, int64_t part, int64_t from, int64_t to);
 
