@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.delayed_link import delayed_link  # noqa: E402
 from benchmarks.planned_steps import MODELS, STEPS, Case, cases, measure  # noqa: E402
 from benchmarks.slow_link import enter_own_network, limited  # noqa: E402
-from ldmole_ds.planner import Cluster, Job, Precision, Routing, shape_of_config, trace_step  # noqa: E402
+from ldmole_ds.planner import Cluster, Job, Precision, Routing, kind_of, shape_of_config, trace_step  # noqa: E402
 from ldmole_ds.planner.calibrate import Times  # noqa: E402
 from ldmole_ds.planner.communication import expert_phases  # noqa: E402
 from ldmole_ds.planner.solve import Calibration, describe, solve  # noqa: E402
@@ -57,8 +57,9 @@ def predict(case: Case, world_size: int, found: Calibration, figures: dict) -> d
     cluster = Cluster(found.device, 1, world_size, wire, wire, found.costs)
     sent = statistics.mean(row[0] for row in figures["rows"])
     routing = Routing(adapter.num_experts, remote_ranks=sent / batch.tokens)
-    trace = trace_step(hf_config, adapter, micro=micro, length=length, checkpointing=layout.checkpointing)
-    job = Job(shape, cluster, batch, Precision(), routing, {layout.checkpointing: trace})
+    kind = kind_of(layout, found.device)
+    trace = trace_step(hf_config, adapter, kind, micro=micro, length=length)
+    job = Job(shape, cluster, batch, Precision(), routing, {kind: trace})
     estimate = job.estimate(layout)
     phases = expert_phases(shape, layout, batch, 4, figures["rows"]) if layout.ep_size > 1 else {}
     dense, experts = shape.held(layout.ep_size)

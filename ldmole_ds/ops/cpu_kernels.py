@@ -1,16 +1,20 @@
 """This package's C functions: built at the first call, with what each takes.
 
-All tensors are given by their addresses: contiguous, float32 (masks and flags uint8), on the CPU.
+All tensors are given by their addresses: contiguous, float32 (masks and flags uint8), on the CPU. PyTorch's dispatcher
+does not see these calls; who traces a step learns of them from `watched`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ldmole_ds.ops import c_library
 
@@ -18,6 +22,7 @@ SOURCES = tuple(Path(__file__).with_name(name) for name in ("routing_cpu.c", "gr
 _SIGNATURES = {"routing_forward": "ttttttt|nnnnnn|i", "routing_backward": "ttttttt|nnnn|i"}
 _SIGNATURES |= {"group_forward": "ttttttttttt|nnnnnn|if", "group_backward": "tttttttttt|nnnnnn|if"}
 _TYPES = {"t": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
+_watcher: ContextVar[Callable[[list[Tensor]], None] | None] = ContextVar("watcher", default=None)
 
 
 @functools.cache
@@ -39,11 +44,26 @@ def why_not() -> str | None:
     return None
 
 
+@contextmanager
+def watched(watcher: Callable[[list[Tensor]], None]) -> Iterator[None]:
+    """Within the block the watcher gets the tensors of each call, those read and those written, before it runs."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
 def call(name: str, *args: Tensor | int | float | None) -> None:
-    """Run one of them.
+    """Run one of them; on fake tensors it does nothing: what it writes is there already.
 
     Raises:
         MemoryError: There is none for its scratch space.
     """
+    watcher = _watcher.get()
+    if watcher is not None:
+        watcher([a for a in args if isinstance(a, Tensor)])
+    if isinstance(args[0], FakeTensor):
+        return
     if _functions()[name](*[a.data_ptr() if isinstance(a, Tensor) else a for a in args]):
         raise MemoryError("no memory for the routing kernel's scratch space")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig
 
 from ldmole_ds.config import LDMoLEConfig
@@ -16,6 +15,7 @@ from ldmole_ds.distributed import ExpertParallel
 from ldmole_ds.model import LDMoLEModel, get_ldmole_model
 from ldmole_ds.planner.layout import Batch
 from ldmole_ds.planner.model_shape import build_base
+from ldmole_ds.planner.step_kind import StepKind
 from ldmole_ds.planner.trace import StepTrace, trace_model
 
 
@@ -58,12 +58,12 @@ class Reference:
         return torch.randint(0, self.vocabulary, (self.batch.micro, self.batch.length), generator=generator)
 
     @functools.cache  # noqa: B019  the references are constants
-    def trace(self, num_experts: int = 8) -> StepTrace:
+    def trace(self, num_experts: int, kind: StepKind) -> StepTrace:
         """Operations of its step on one rank that has all experts."""
-        with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        with kind.fake_tensors(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = alone(get_ldmole_model(build_base(self.hf_config), self.adapter(num_experts)))
-            return StepTrace(trace_model(model, self.ids(0)))
+            return StepTrace(trace_model(kind.prepare(model), self.ids(0)))
 
 
 def alone(model: LDMoLEModel) -> LDMoLEModel:

@@ -12,6 +12,7 @@ from ldmole_ds.planner.estimate import Estimate, Job
 from ldmole_ds.planner.layout import Layout, Precision, Routing
 from ldmole_ds.planner.model_shape import ModelShape, shape_of_config
 from ldmole_ds.planner.reference import STARTING, THIN
+from ldmole_ds.planner.step_kind import kind_of
 from ldmole_ds.planner.trace import StepTrace, op_seconds
 
 # Of the large product's speed: less, or more, is a measurement that went wrong.
@@ -37,7 +38,6 @@ class Calibration:
 def solve(times: Times) -> Calibration:
     """The speeds and costs with which the planner's model takes these times for the reference. Not collective."""
     experts = experts_for(times.world_size)
-    starting, thin = STARTING.trace(experts).first, THIN.trace(experts)
     seconds, (m, k, n) = times.seconds, PRODUCT[times.kind]
     bandwidth = 3 * 4 * VALUES[times.kind] / seconds["sum"]
     flops = {name: 2 * m * k * n / seconds[name] for name in ("half", "float")}
@@ -51,12 +51,14 @@ def solve(times: Times) -> Calibration:
         asynchronous=times.kind == "cuda",
         grouped_speed=times.grouped_speed,
     )
+    starting, thin = (reference.trace(experts, kind_of(Layout(), device)) for reference in (STARTING, THIN))
+    starting = starting.first
     busy = 0.0 if device.asynchronous else sum(n * op_seconds(device, *op) for op, n in starting.ops.items())
     device = replace(device, op_seconds=max(seconds["starting"] - busy, 0.0) / starting.calls)
     if not device.asynchronous:
         device = _as_reached(device, seconds["thin"], thin)
     wires = {size: _wire(times, size) for size in times.ep_sizes}
-    return Calibration(device, wires, _costs(times, Calibration(device, wires, StepCosts()), thin))
+    return Calibration(device, wires, _costs(times, Calibration(device, wires, StepCosts())))
 
 
 def describe(found: Calibration) -> str:
@@ -82,12 +84,12 @@ def describe(found: Calibration) -> str:
     )
 
 
-def _costs(times: Times, speeds: Calibration, trace: StepTrace) -> StepCosts:
+def _costs(times: Times, speeds: Calibration) -> StepCosts:
     """Each from a layout that has it: what its step takes longer than the model says without it."""
     shape = shape_of_config(THIN.hf_config, THIN.adapter(experts_for(times.world_size)))
 
     def more(layout: Layout, costs: StepCosts) -> tuple[float, Estimate]:
-        estimate = estimate_reference(times, replace(speeds, costs=costs), shape, trace, layout)
+        estimate = estimate_reference(times, replace(speeds, costs=costs), shape, layout)
         return times.seconds[layout_name(layout)] - estimate.step_seconds, estimate
 
     replicated, *others = reference_layouts(times.world_size)
@@ -110,9 +112,8 @@ def _costs(times: Times, speeds: Calibration, trace: StepTrace) -> StepCosts:
     return StepCosts(found.tensor, found.reduction, **measured)
 
 
-def estimate_reference(
-    times: Times, speeds: Calibration, shape: ModelShape, trace: StepTrace, layout: Layout
-) -> Estimate:
+def estimate_reference(times: Times, speeds: Calibration, shape: ModelShape, layout: Layout) -> Estimate:
+    """A step of the reference model in this layout, on a machine of these speeds."""
     wire, remote = speeds.wire(layout.ep_size), None
     cluster = Cluster(speeds.device, 1, times.world_size, wire, wire, speeds.costs)
     if layout.dispatch == "tokens":
@@ -120,7 +121,9 @@ def estimate_reference(
         one = expert_phases(shape, layout, THIN.batch, 4, [(THIN.batch.tokens, 0.0)] * len(shape.groups))
         remote = times.dispatched[layout.ep_size] / one["dispatch"].bytes
     routing = Routing(shape.config.num_experts, remote_ranks=remote)
-    return Job(shape, cluster, THIN.batch, Precision(), routing, {False: trace}).estimate(layout)
+    kind = kind_of(layout, speeds.device)
+    trace = THIN.trace(shape.config.num_experts, kind)
+    return Job(shape, cluster, THIN.batch, Precision(), routing, {kind: trace}).estimate(layout)
 
 
 def _wire(times: Times, size: int) -> Wire:

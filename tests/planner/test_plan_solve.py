@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from ldmole_ds.planner import Device, StepCosts, Wire
+from ldmole_ds.planner import Device, Layout, StepCosts, Wire, kind_of
 from ldmole_ds.planner.calibrate import EXCHANGED, PRODUCT, VALUES, Times, experts_for, layout_name, reference_layouts
 from ldmole_ds.planner.model_shape import shape_of_config
 from ldmole_ds.planner.reference import STARTING, THIN
@@ -26,14 +26,16 @@ def times_of(true: Calibration, world_size: int = 4) -> Times:
     seconds = {"float": 2 * m * k * n / (device.float_flops / REACHED)}
     seconds |= {"half": 2 * m * k * n / (device.half_flops / REACHED), "sum": 12 * VALUES["cpu"] / device.bandwidth}
     large = replace(device, float_flops=device.float_flops / REACHED, half_flops=device.half_flops / REACHED)
-    seconds |= {"starting": STARTING.trace(experts).seconds(large), "thin": THIN.trace(experts).seconds(device)}
+    kind = kind_of(Layout(), device)
+    seconds["starting"] = STARTING.trace(experts, kind).seconds(large)
+    seconds["thin"] = THIN.trace(experts, kind).seconds(device)
     for size, wire in true.wires.items():
         seconds[f"short exchange {size}"] = wire.latency * (size - 1)
         seconds[f"long exchange {size}"] = wire.latency * (size - 1) + EXCHANGED * (size - 1) / size / wire.bandwidth
     times = Times("CPU rank", 1e9, "cpu", world_size, seconds, {2: 3e6, 4: 8e6}, device.grouped_speed)
     shape = shape_of_config(THIN.hf_config, THIN.adapter(experts))
     for layout in reference_layouts(world_size):
-        seconds[layout_name(layout)] = estimate_reference(times, true, shape, THIN.trace(experts), layout).step_seconds
+        seconds[layout_name(layout)] = estimate_reference(times, true, shape, layout).step_seconds
     return times
 
 
