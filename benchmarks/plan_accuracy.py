@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import harness  # noqa: E402
 from benchmarks.delayed_link import delayed_link  # noqa: E402
 from benchmarks.planned_steps import MODELS, STEPS, Case, cases, measure  # noqa: E402
 from benchmarks.slow_link import enter_own_network, limited  # noqa: E402
@@ -147,9 +148,10 @@ def main() -> None:
         [
             "# The planner against measurement",
             "",
-            "`launch/plan.py` against DeepSpeed steps of two Llamas (hidden 64 with 2 layers; hidden 384 with 4), "
-            "8 experts on every projection, float32. Reproduce (as root): `python "
-            "benchmarks/plan_accuracy.py --rate_gbit 2 0.5 --delay_ms 1`.",
+            "`launch/plan.py` against DeepSpeed steps of three Llamas (small: hidden 64 with 2 layers, r 4; mid: 384 "
+            "with 4, r 8; wide: 512 with 4, r 32 and few tokens), 8 experts on every projection, float32. "
+            f"Reproduce{' (as root)' * bool(arguments.rate_gbit)}: `python benchmarks/plan_accuracy.py"
+            f"{harness.flags(arguments, parser.parse_args([]))}`.",
             "",
             f"{exact} of {len(lines)} cases have exact parameters, calls and bytes (given the rows that were "
             f"dispatched); {close} of {len(lines)} step times are within {100 * TIME_BAR:.0f} %, the others are bold. "

@@ -29,6 +29,8 @@ PRODUCT = {"cpu": (512, 1024, 1024), "cuda": (8192, 8192, 8192)}
 VALUES = {"cpu": 1 << 24, "cuda": 1 << 27}
 _DTYPES = {"float": torch.float32, "half": torch.bfloat16}
 EXCHANGED = 1 << 20  # bytes
+# Values of an optimizer step: so many that their memory comes from the system each time, as in a large adapter.
+UPDATED = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def measure(device: torch.device, say: Callable[[str], None] = lambda text: None
     x = torch.randn(VALUES[kind], device=device)
     y = torch.empty_like(x)
     seconds["sum"] = fastest(lambda: torch.add(x, x, out=y), device)
+    seconds["update"] = fastest(_update(device), device)
     say("steps without communication")
     experts = experts_for(world)
     seconds["starting"] = _plain_step(STARTING, experts, device)
@@ -112,6 +115,23 @@ def reference_layouts(world_size: int) -> list[Layout]:
 def layout_name(layout: Layout) -> str:
     """Of its time."""
     return f"{layout.dispatch}, ep_size {layout.ep_size}, ZeRO-{layout.zero_stage}"
+
+
+def _update(device: torch.device) -> Callable[[], Tensor]:
+    """An optimizer step on one flat tensor, with what the engine does around it: norm, flattening, clipping, copy."""
+    grads = torch.full((UPDATED,), 1e-3, device=device).split(UPDATED // 16)
+    flat, weights = torch.zeros(UPDATED, device=device, requires_grad=True), torch.zeros(UPDATED, device=device)
+    optimizer = torch.optim.AdamW([flat])
+
+    def run() -> Tensor:
+        norm = torch.stack([torch.linalg.vector_norm(grad.double()) for grad in grads]).norm().float()
+        flat.grad = torch.cat(grads)
+        flat.grad.mul_(1 / (1 + norm))
+        optimizer.step()
+        flat.grad = None
+        return weights.copy_(flat.detach())
+
+    return run
 
 
 def _plain_step(reference: Reference, num_experts: int, device: torch.device) -> float:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ldmole_ds.planner.calibrate import EXCHANGED, PRODUCT, VALUES, Times, experts_for, layout_name, reference_layouts
+from ldmole_ds.planner.calibrate import (
+    EXCHANGED,
+    PRODUCT,
+    UPDATED,
+    VALUES,
+    Times,
+    experts_for,
+    layout_name,
+    reference_layouts,
+)
 from ldmole_ds.planner.cluster import Cluster, Device, Wire
 from ldmole_ds.planner.communication import EXPERT_PHASES, expert_phases
 from ldmole_ds.planner.costs import StepCosts
@@ -69,7 +78,8 @@ def describe(found: Calibration) -> str:
     )
     text = (
         f"{device.name}: {device.float_flops / 1e9:.1f} GFLOPS float32, {device.half_flops / 1e9:.1f} half, memory "
-        f"{device.bandwidth / 1e9:.1f} GB/s, {device.op_seconds * 1e6:.1f} us per operation; engine {engine}"
+        f"{device.bandwidth / 1e9:.1f} GB/s, {device.op_seconds * 1e6:.1f} us per operation; update "
+        f"{costs.value * 1e9:.1f} ns per value; engine {engine}"
     )
     if not found.wires:
         return f"{text}; link and expert parallelism not measured (1 rank)"
@@ -93,7 +103,7 @@ def _costs(times: Times, speeds: Calibration) -> StepCosts:
         return times.seconds[layout_name(layout)] - estimate.step_seconds, estimate
 
     replicated, *others = reference_layouts(times.world_size)
-    found = StepCosts(fetch=0.0, tokens={1: 0.0}, weights={1: 0.0})
+    found = StepCosts(fetch=0.0, tokens={1: 0.0}, weights={1: 0.0}, value=times.seconds["update"] / UPDATED)
     missed, estimate = more(replicated, found)
     reductions = sum(phase.calls for name, phase in estimate.phases.items() if name.startswith("reduce"))
     # What the engine adds is mostly waiting in reductions where there are any, else its work on tensors.
@@ -109,7 +119,7 @@ def _costs(times: Times, speeds: Calibration) -> StepCosts:
         else:
             calls = sum(estimate.phases[name].calls for name in EXPERT_PHASES & set(estimate.phases))
             measured[layout.dispatch][layout.ep_size] = seconds / calls
-    return StepCosts(found.tensor, found.reduction, **measured)
+    return StepCosts(found.tensor, found.reduction, **measured, value=found.value)
 
 
 def estimate_reference(times: Times, speeds: Calibration, shape: ModelShape, layout: Layout) -> Estimate:

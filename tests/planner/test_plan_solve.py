@@ -5,7 +5,16 @@ from dataclasses import replace
 import pytest
 
 from ldmole_ds.planner import Device, Layout, StepCosts, Wire, kind_of
-from ldmole_ds.planner.calibrate import EXCHANGED, PRODUCT, VALUES, Times, experts_for, layout_name, reference_layouts
+from ldmole_ds.planner.calibrate import (
+    EXCHANGED,
+    PRODUCT,
+    UPDATED,
+    VALUES,
+    Times,
+    experts_for,
+    layout_name,
+    reference_layouts,
+)
 from ldmole_ds.planner.model_shape import shape_of_config
 from ldmole_ds.planner.reference import STARTING, THIN
 from ldmole_ds.planner.solve import Calibration, describe, estimate_reference, solve
@@ -13,7 +22,7 @@ from ldmole_ds.planner.solve import Calibration, describe, estimate_reference, s
 TRUE = Calibration(
     Device("CPU rank", 1e9, 2e11, 4e10, 1e10, 2e-5, False, 0.5),
     {2: Wire(1e-4, 1e9), 4: Wire(2e-4, 5e8)},
-    StepCosts(0.0, 3e-3, 5e-4, {2: 2e-3, 4: 9e-3}, {2: 4e-3, 4: 2e-2}),
+    StepCosts(0.0, 3e-3, 5e-4, {2: 2e-3, 4: 9e-3}, {2: 4e-3, 4: 2e-2}, 2e-8),
 )
 REACHED = 0.5
 
@@ -26,6 +35,7 @@ def times_of(true: Calibration, world_size: int = 4) -> Times:
     seconds = {"float": 2 * m * k * n / (device.float_flops / REACHED)}
     seconds |= {"half": 2 * m * k * n / (device.half_flops / REACHED), "sum": 12 * VALUES["cpu"] / device.bandwidth}
     large = replace(device, float_flops=device.float_flops / REACHED, half_flops=device.half_flops / REACHED)
+    seconds["update"] = true.costs.value * UPDATED
     kind = kind_of(Layout(), device)
     seconds["starting"] = STARTING.trace(experts, kind).seconds(large)
     seconds["thin"] = THIN.trace(experts, kind).seconds(device)
@@ -47,6 +57,7 @@ def test_what_made_the_times_is_found_again():
     for size, wire in TRUE.wires.items():
         assert (found.wires[size].latency, found.wires[size].bandwidth) == pytest.approx((wire.latency, wire.bandwidth))
     assert (found.costs.reduction, found.costs.fetch) == pytest.approx((3e-3, 5e-4), rel=1e-2)
+    assert found.costs.value == pytest.approx(2e-8)
     assert found.costs.tokens == pytest.approx(TRUE.costs.tokens, rel=1e-2)
     assert found.costs.weights == pytest.approx(TRUE.costs.weights, rel=1e-2)
     assert "tokens 2.00 ms (ep_size 2), tokens 9.00 ms (ep_size 4)" in describe(found)
