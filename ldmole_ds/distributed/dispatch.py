@@ -103,9 +103,13 @@ class LocalTokenDispatcher:
     def __init__(self, stats: CommStats | None = None) -> None:
         self.stats = stats or CommStats()
 
+    def gathered(self, experts: ExpertWeights, layer: str) -> ExpertWeights:
+        """All experts of an input group, from those held here."""
+        return experts
+
     def run(self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, layer: str) -> Tensor | list[Update]:
         """See the module docstring."""
-        return apply_experts(x_TD, probs_TGE, experts)
+        return apply_experts(x_TD, probs_TGE, self.gathered(experts, layer))
 
 
 class AllToAllTokenDispatcher(LocalTokenDispatcher):

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from ldmole_ds.distributed.all_to_all import Channel, CommStats, largest_of
-from ldmole_ds.distributed.dispatch import ExpertWeights, LocalTokenDispatcher, apply_experts
+from ldmole_ds.distributed.dispatch import ExpertWeights, LocalTokenDispatcher
 from ldmole_ds.distributed.expert_gather import gather_experts, gather_flat, is_outdated
 from ldmole_ds.distributed.topology import ExpertParallel
 from ldmole_ds.distributed.zero import is_zero3_parameter
-from ldmole_ds.ops.grouped_update import Update
 
 
 class WeightGatherDispatcher(LocalTokenDispatcher):
@@ -52,10 +51,10 @@ class WeightGatherDispatcher(LocalTokenDispatcher):
         if not self._keep:
             self._kept.clear()
 
-    def run(self, x_TD: Tensor, probs_TGE: Tensor, experts: ExpertWeights, layer: str) -> Tensor | list[Update]:
-        """See `ldmole_ds.distributed.dispatch`. One all-gather forward, one reduce-scatter backward."""
+    def gathered(self, experts: ExpertWeights, layer: str) -> ExpertWeights:
+        """All experts of an input group. Collective: one all-gather forward, one reduce-scatter backward."""
         channel = Channel(self.topology.ep_group, self.stats, layer)
         if self._keep and layer not in self._kept:
             self._kept[layer] = gather_flat([experts.lora_A, *experts.lora_B], channel)
         lora_A, lora_B = gather_experts(experts.lora_A, experts.lora_B, channel, self._kept.get(layer))
-        return apply_experts(x_TD, probs_TGE, replace(experts, lora_A=lora_A, lora_B=lora_B))
+        return replace(experts, lora_A=lora_A, lora_B=lora_B)

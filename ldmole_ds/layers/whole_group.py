@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ldmole_ds.distributed import LocalTokenDispatcher
+from ldmole_ds.distributed import ExpertWeights, LocalTokenDispatcher
 from ldmole_ds.distributed.zero import is_zero3_parameter
 from ldmole_ds.layers.context import ForwardContext, RoutingRecord
 from ldmole_ds.ops import routing_cpu
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 def runs_whole(group: InputGroup, x: Tensor) -> bool:
     """Whether `whole_group` gives what the members of this group give one by one on x ``(..., D)``.
 
-    On a CPU in float32 with LD-MoLE's router, all experts here and not so large that their products may be grouped, and
-    frozen layers that are plain products.
+    On a CPU in float32 with LD-MoLE's router, all experts here or gathered here, and not so large that their products
+    may be grouped, and frozen layers that are plain products.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or not group.router.uses_lambda:
         return False
-    # Another dispatcher moves something, and one whose `run` was replaced is watched by somebody.
-    if type(group.dispatcher) is not LocalTokenDispatcher or "run" in group.dispatcher.__dict__:
+    # Another way to run moves tokens, or is watched by somebody.
+    if getattr(group.dispatcher.run, "__func__", None) is not LocalTokenDispatcher.run:
         return False
     if torch.compiler.is_compiling():
         return False
@@ -43,7 +43,7 @@ def runs_whole(group: InputGroup, x: Tensor) -> bool:
         return False
     if not uses_fused_routing(x) or backend_of(x) is not routing_cpu:
         return False
-    return not may_be_grouped(x.numel() // group.in_features, group.lora_A, group.out_features)
+    return not may_be_grouped(x.numel() // group.in_features, group.lora_A, group.out_features, group.num_experts)
 
 
 def whole_group(group: InputGroup, x: Tensor, context: ForwardContext) -> list[Tensor]:
@@ -53,11 +53,12 @@ def whole_group(group: InputGroup, x: Tensor, context: ForwardContext) -> list[T
         x_TD = dropout(x_in, group.dropout)
     mask_T, mlp = context.token_mask(x), group.lambda_mlp
     layers = [layer.base_layer for layer in group.layers]
+    experts = group.dispatcher.gathered(ExpertWeights(group.lora_A, group.lora_B, group.scaling), group.name)
     weights = GroupWeights(
         [layer.weight for layer in layers],
         [layer.bias for layer in layers],
-        group.lora_A,
-        list(group.lora_B),
+        experts.lora_A,
+        list(experts.lora_B),
         group.gate,
         (mlp.weight_in, mlp.bias_in, mlp.weight_out, mlp.bias_out),
         group.scaling,

@@ -13,14 +13,17 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ldmole_ds.ops import c_library
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("routing_cpu.c", "group_cpu.c", "routing_cpu.h"))
-_SIGNATURES = {"routing_forward": "ttttttt|nnnnnn|i", "routing_backward": "ttttttt|nnnn|i"}
-_SIGNATURES |= {"group_forward": "ttttttttttt|nnnnnn|if", "group_backward": "tttttttttt|nnnnnn|if"}
+_FILES = ("routing.c", "group.c", "routing.h", "block.h", "parts.h")
+SOURCES = tuple(Path(__file__).with_name("csrc") / name for name in _FILES)
+# Of tensors, sizes, options, and threads.
+_SIGNATURES = {"routing_forward": "ttttttt|nnnnnn|i|i", "routing_backward": "ttttttt|nnnn|i|i"}
+_SIGNATURES |= {"group_forward": "ttttttttttt|nnnnnn|if|i", "group_backward": "tttttttt|nnnnnn|if|i"}
 _TYPES = {"t": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 _watcher: ContextVar[Callable[[list[Tensor]], None] | None] = ContextVar("watcher", default=None)
 
@@ -55,7 +58,7 @@ def watched(watcher: Callable[[list[Tensor]], None]) -> Iterator[None]:
 
 
 def call(name: str, *args: Tensor | int | float | None) -> None:
-    """Run one of them; on fake tensors it does nothing: what it writes is there already.
+    """Run one of them, in as many threads as PyTorch's operations run in. On fake tensors it has nothing to do.
 
     Raises:
         MemoryError: There is none for its scratch space.
@@ -65,5 +68,6 @@ def call(name: str, *args: Tensor | int | float | None) -> None:
         watcher([a for a in args if isinstance(a, Tensor)])
     if isinstance(args[0], FakeTensor):
         return
-    if _functions()[name](*[a.data_ptr() if isinstance(a, Tensor) else a for a in args]):
+    given = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
+    if _functions()[name](*given, torch.get_num_threads()):
         raise MemoryError("no memory for the routing kernel's scratch space")

@@ -78,22 +78,27 @@ def may_group_on(device: torch.device, dtype: torch.dtype) -> bool:
     return switch == "grouped" or (switch == "auto" and on_cpu and dtype.itemsize >= 4)
 
 
-def may_be_grouped(rows: int, lora_A: Tensor, out_features: Sequence[int]) -> bool:
+def may_be_grouped(rows: int, lora_A: Tensor, out_features: Sequence[int], num_experts: int | None = None) -> bool:
     """Whether grouped products may be the choice for so many tokens, whatever their routing; see the module docstring.
 
     Args:
         rows: N.
         lora_A: ``(G, e, r, D)``.
         out_features: O_g of each projection.
+        num_experts: How many experts will be here, if not those of ``lora_A``.
 
     Raises:
         ValueError: As `may_group_on`.
     """
-    traced = torch.compiler.is_compiling() or (isinstance(lora_A, FakeTensor) and planned_cpu(lora_A) is None)
+    planned = planned_cpu(lora_A)
+    traced = torch.compiler.is_compiling() or (isinstance(lora_A, FakeTensor) and planned is None)
     if traced or not may_group_on(lora_A.device, lora_A.dtype):
         return False
     # A token has an expert here as a rule: with fewer pairs than that a small layer loses little.
-    return _is_forced() or _grouped_is_cheaper(rows * len(out_features), rows, lora_A, out_features)
+    _, e, r, d = lora_A.shape
+    layer = (num_experts or e, r, d, out_features)
+    speed = grouped_speed() if planned is None else planned.grouped_speed
+    return _is_forced() or _grouped_is_cheaper(rows * len(out_features), rows, layer, speed)
 
 
 def choose_products(w_NGe: Tensor, lora_A: Tensor, lora_B: Sequence[Tensor]) -> Products:
@@ -108,14 +113,13 @@ def choose_products(w_NGe: Tensor, lora_A: Tensor, lora_B: Sequence[Tensor]) -> 
     if _is_forced():
         return GROUPED
     pairs = int(torch.count_nonzero(w_NGe))
-    return GROUPED if _grouped_is_cheaper(pairs, rows, lora_A, out_features) else DENSE
+    layer = (*lora_A.shape[1:], out_features)
+    return GROUPED if _grouped_is_cheaper(pairs, rows, layer, grouped_speed()) else DENSE
 
 
 def _is_forced() -> bool:
     return os.environ.get(SWITCH) == "grouped"
 
 
-def _grouped_is_cheaper(pairs: int, rows: int, lora_A: Tensor, out_features: Sequence[int]) -> bool:
-    layer, planned = (*lora_A.shape[1:], out_features), planned_cpu(lora_A)
-    speed = grouped_speed() if planned is None else planned.grouped_speed
+def _grouped_is_cheaper(pairs: int, rows: int, layer: tuple[int, int, int, Sequence[int]], speed: float) -> bool:
     return grouped_operations(pairs, rows, *layer) < dense_operations(rows, *layer) * speed

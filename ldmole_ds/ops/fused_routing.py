@@ -7,7 +7,7 @@ Shape legend: T tokens, G projections, E experts, P = ep_size, B blocks of token
         for expert parallelism                  which ranks each token visits
 
 In plain operations that is about 40 small kernels per input group forward and 20 backward, which cost more than what
-they compute. `ldmole_ds.ops.routing_kernel` does it in one each on a GPU (Triton), ``routing_cpu.c`` on a CPU;
+they compute. `ldmole_ds.ops.routing_kernel` does it in one each on a GPU (Triton), ``csrc/routing.c`` on a CPU;
 `routing_reference` is the same in plain operations. All are float32 inside.
 
 The environment variable ``LDMOLE_FUSED_ROUTING`` decides who uses it (`uses_fused_routing`):

@@ -4,7 +4,7 @@ Shape legend: T tokens, D in_features, O out_features, G projections, E experts,
 MLP, N = G E r + G E + H rows.
 
     R = [h; u; s] = [A; G; W1] x
-    lambda of s, routing weights p of u and lambda, v = scaling p h        (``group_cpu.c``)
+    lambda of s, routing weights p of u and lambda, v = scaling p h        (``csrc/group.c``)
     y_g = W_g x + B_g v_g
 
 On a CPU a small operation between two large products costs ten times what it costs alone: the products have taken the
@@ -119,9 +119,9 @@ class _GroupProduct(torch.autograd.Function):
             grad_lora_B.append((weighted[i] @ grad).view_as(lora_B[i]))
             torch.mm(lora_B[i].flatten(0, 1), grad.t(), out=grad_u)
         grad_sums = None if grads[g] is None else grads[g].contiguous()
-        grad_out, grad_bias, grad_bias_out = (x_TD.new_empty(n) for n in (units, units, 1))
+        grad_mlp = x_TD.new_empty(2 * units + 1)
         inputs = (rows, weight_out, mask, lambda_logit, probs, grad_sums, grad_rows)
-        cpu_kernels.call("group_backward", *inputs, grad_out, grad_bias, grad_bias_out, *ctx.sizes)
+        cpu_kernels.call("group_backward", *inputs, grad_mlp, *ctx.sizes)
         grad_x = None
         if need_x and x_in is None and grad_in is not None:  # one x: its gradient is that of x_in
             grad_in.addmm_(grad_rows.t(), stacked)
@@ -129,6 +129,7 @@ class _GroupProduct(torch.autograd.Function):
             grad_x = grad_rows.t() @ stacked
         grad_A, grad_gate, grad_in_H = torch.split_with_sizes(grad_rows @ x_TD, [g * e * r, g * e, units])
         of_weights = (grad_A.view(g, e, r, -1), grad_gate.view(g, e, -1), grad_in_H)
+        grad_out, grad_bias, grad_bias_out = grad_mlp.split_with_sizes([units, units, 1])
         of_weights += (grad_bias, grad_out.view_as(weight_out), grad_bias_out)
         return grad_in, grad_x, None, None, None, None, *of_weights, *[None] * g, *grad_lora_B
 

@@ -1,4 +1,4 @@
-"""`ldmole_ds.ops.fused_routing` on a CPU, by ``routing_cpu.c``.
+"""`ldmole_ds.ops.fused_routing` on a CPU, by ``csrc/routing.c``.
 
 Shape legend: T tokens, G projections, E experts, P = ep_size.
 """
