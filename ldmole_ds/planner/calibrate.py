@@ -21,7 +21,7 @@ from ldmole_ds.model import LDMoLEModel, get_ldmole_model
 from ldmole_ds.ops.expert_compute import grouped_speed
 from ldmole_ds.planner.calibrate_steps import reference_step
 from ldmole_ds.planner.layout import Layout
-from ldmole_ds.planner.reference import STARTING, THIN, Reference, alone
+from ldmole_ds.planner.reference import STARTING, THIN, WIDE, Reference, alone
 from ldmole_ds.planner.timing import fastest
 
 # Rows, inner size and columns of the product; values of the elementwise sum: what layers of mid-sized models have.
@@ -29,8 +29,6 @@ PRODUCT = {"cpu": (512, 1024, 1024), "cuda": (8192, 8192, 8192)}
 VALUES = {"cpu": 1 << 24, "cuda": 1 << 27}
 _DTYPES = {"float": torch.float32, "half": torch.bfloat16}
 EXCHANGED = 1 << 20  # bytes
-# Values of an optimizer step: so many that their memory comes from the system each time, as in a large adapter.
-UPDATED = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,6 @@ def measure(device: torch.device, say: Callable[[str], None] = lambda text: None
     x = torch.randn(VALUES[kind], device=device)
     y = torch.empty_like(x)
     seconds["sum"] = fastest(lambda: torch.add(x, x, out=y), device)
-    seconds["update"] = fastest(_update(device), device)
     say("steps without communication")
     experts = experts_for(world)
     seconds["starting"] = _plain_step(STARTING, experts, device)
@@ -91,6 +88,9 @@ def measure(device: torch.device, say: Callable[[str], None] = lambda text: None
         seconds[layout_name(layout)] = found["seconds"]
         if layout.dispatch == "tokens":
             dispatched[layout.ep_size] = found["dispatched"]
+    say("training steps, a large adapter")
+    found = reference_step(WIDE, experts, Layout(), device)
+    seconds["wide"], seconds["wide update"] = found["seconds"], found["update"]
     for size in dispatched:
         say(f"the link, groups of {size}")
         for name, num_bytes in (("short", 4 * size), ("long", EXCHANGED)):
@@ -115,23 +115,6 @@ def reference_layouts(world_size: int) -> list[Layout]:
 def layout_name(layout: Layout) -> str:
     """Of its time."""
     return f"{layout.dispatch}, ep_size {layout.ep_size}, ZeRO-{layout.zero_stage}"
-
-
-def _update(device: torch.device) -> Callable[[], Tensor]:
-    """An optimizer step on one flat tensor, with what the engine does around it: norm, flattening, clipping, copy."""
-    grads = torch.full((UPDATED,), 1e-3, device=device).split(UPDATED // 16)
-    flat, weights = torch.zeros(UPDATED, device=device, requires_grad=True), torch.zeros(UPDATED, device=device)
-    optimizer = torch.optim.AdamW([flat])
-
-    def run() -> Tensor:
-        norm = torch.stack([torch.linalg.vector_norm(grad.double()) for grad in grads]).norm().float()
-        flat.grad = torch.cat(grads)
-        flat.grad.mul_(1 / (1 + norm))
-        optimizer.step()
-        flat.grad = None
-        return weights.copy_(flat.detach())
-
-    return run
 
 
 def _plain_step(reference: Reference, num_experts: int, device: torch.device) -> float:

@@ -99,4 +99,5 @@ def compute_seconds(
     owned = dense + experts
     if layout.zero_stage:
         owned = dense / world_size + experts / (world_size // layout.ep_size)
-    return batch.accumulation * micro, costs.tensor * shape.tensors + costs.updating(device.bandwidth) * owned
+    engine = costs.tensor * shape.tensors + batch.accumulation * costs.gradient * (dense + experts)
+    return batch.accumulation * micro, engine + costs.updating(device.bandwidth) * owned

@@ -27,13 +27,14 @@ class StepCosts:
     """Seconds of one rank, the slowest.
 
     Attributes:
-        tensor: Of an optimizer step, for each trainable tensor: the engine's hooks, buckets, norms and updates.
+        tensor: Of an optimizer step, for each trainable tensor: the engine's hooks and buckets.
         reduction: For each bucket of gradients that the engine reduces, on top of the link's.
         fetch: Under ZeRO-3, for each parameter that a pass fetches and lets go, on top of the gather itself; None: not
             measured.
         tokens: Of each collective of ``--expert_dispatch tokens``, by ep_size, on top of the link's.
         weights: The same of ``weights``.
         value: Of an optimizer step, for each value that the rank updates; None: not measured.
+        gradient: Of a backward pass, for each value of which the rank has a gradient: what the engine does with it.
     """
 
     tensor: float = 0.0
@@ -42,6 +43,7 @@ class StepCosts:
     tokens: Mapping[int, float] = field(default_factory=dict)
     weights: Mapping[int, float] = field(default_factory=dict)
     value: float | None = None
+    gradient: float = 0.0
 
     def collective(self, layout: Layout, op_seconds: float) -> float:
         """Of one collective in this layout; ep_size as near as it was measured.

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from ldmole_ds.planner.calibrate import (
     EXCHANGED,
     PRODUCT,
-    UPDATED,
     VALUES,
     Times,
     experts_for,
@@ -19,8 +18,7 @@ from ldmole_ds.planner.communication import EXPERT_PHASES, expert_phases
 from ldmole_ds.planner.costs import StepCosts
 from ldmole_ds.planner.estimate import Estimate, Job
 from ldmole_ds.planner.layout import Layout, Precision, Routing
-from ldmole_ds.planner.model_shape import ModelShape, shape_of_config
-from ldmole_ds.planner.reference import STARTING, THIN
+from ldmole_ds.planner.reference import STARTING, THIN, WIDE, Reference
 from ldmole_ds.planner.step_kind import kind_of
 from ldmole_ds.planner.trace import StepTrace, op_seconds
 
@@ -78,8 +76,8 @@ def describe(found: Calibration) -> str:
     )
     text = (
         f"{device.name}: {device.float_flops / 1e9:.1f} GFLOPS float32, {device.half_flops / 1e9:.1f} half, memory "
-        f"{device.bandwidth / 1e9:.1f} GB/s, {device.op_seconds * 1e6:.1f} us per operation; update "
-        f"{costs.value * 1e9:.1f} ns per value; engine {engine}"
+        f"{device.bandwidth / 1e9:.1f} GB/s, {device.op_seconds * 1e6:.1f} us per operation; value: "
+        f"{costs.value * 1e9:.1f} ns per update, {costs.gradient * 1e9:.1f} per gradient; engine {engine}"
     )
     if not found.wires:
         return f"{text}; link and expert parallelism not measured (1 rank)"
@@ -95,45 +93,64 @@ def describe(found: Calibration) -> str:
 
 
 def _costs(times: Times, speeds: Calibration) -> StepCosts:
-    """Each from a layout that has it: what its step takes longer than the model says without it."""
-    shape = shape_of_config(THIN.hf_config, THIN.adapter(experts_for(times.world_size)))
+    """Each from a step that has it: what it takes longer than the model says without it."""
+    experts = experts_for(times.world_size)
 
-    def more(layout: Layout, costs: StepCosts) -> tuple[float, Estimate]:
-        estimate = estimate_reference(times, replace(speeds, costs=costs), shape, layout)
-        return times.seconds[layout_name(layout)] - estimate.step_seconds, estimate
+    def estimate(layout: Layout, costs: StepCosts, reference: Reference = THIN) -> Estimate:
+        return estimate_reference(times, replace(speeds, costs=costs), layout, reference)
 
     replicated, *others = reference_layouts(times.world_size)
-    found = StepCosts(fetch=0.0, tokens={1: 0.0}, weights={1: 0.0}, value=times.seconds["update"] / UPDATED)
-    missed, estimate = more(replicated, found)
-    reductions = sum(phase.calls for name, phase in estimate.phases.items() if name.startswith("reduce"))
-    # What the engine adds is mostly waiting in reductions where there are any, else its work on tensors.
-    name, number = ("reduction", reductions) if reductions else ("tensor", shape.tensors)
-    found = replace(found, **{name: max(missed, 0.0) / number})
+    found = StepCosts(fetch=0.0, tokens={1: 0.0}, weights={1: 0.0}, value=0.0)
+    wide = estimate(replicated, found, WIDE)
+    gathering = sum(phase.seconds for name, phase in wide.phases.items() if name.startswith("update"))
+    updated = WIDE.shape(experts).trainable / times.world_size
+    found = replace(found, value=max(times.seconds["wide update"] - gathering, 0.0) / updated)
+    # Two steps tell two costs: of each value of the gradients, and of each reduction, in which the engine mostly waits;
+    # where there are none, of each tensor.
+    rows, name = [], "tensor" if times.world_size == 1 else "reduction"
+    for reference, seconds in ((THIN, times.seconds[layout_name(replicated)]), (WIDE, times.seconds["wide"])):
+        planned, shape = estimate(replicated, found, reference), reference.shape(experts)
+        reductions = sum(phase.calls for n, phase in planned.phases.items() if n.startswith("reduce"))
+        rows.append((reductions or shape.tensors, shape.trainable, seconds - planned.step_seconds))
+    number, gradient = two_costs(*rows)
+    found = replace(found, gradient=gradient, **{name: number})
     # The others are compared with it, so that what the model has too much there is not taken off again.
+    missed = times.seconds[layout_name(replicated)] - estimate(replicated, found).step_seconds
     too_much, measured = min(missed, 0.0), {"tokens": {}, "weights": {}}
     for layout in others:
-        seconds, estimate = more(layout, found)
-        seconds = max(seconds - too_much, 0.0)
+        planned = estimate(layout, found)
+        seconds = max(times.seconds[layout_name(layout)] - planned.step_seconds - too_much, 0.0)
         if layout.zero_stage == 3:
-            measured["fetch"] = seconds / estimate.phases["fetch"].calls
+            measured["fetch"] = seconds / planned.phases["fetch"].calls
         else:
-            calls = sum(estimate.phases[name].calls for name in EXPERT_PHASES & set(estimate.phases))
+            calls = sum(planned.phases[name].calls for name in EXPERT_PHASES & set(planned.phases))
             measured[layout.dispatch][layout.ep_size] = seconds / calls
-    return StepCosts(found.tensor, found.reduction, **measured, value=found.value)
+    return replace(found, **{"fetch": None, **measured})
 
 
-def estimate_reference(times: Times, speeds: Calibration, shape: ModelShape, layout: Layout) -> Estimate:
+def two_costs(one: tuple[float, float, float], other: tuple[float, float, float]) -> tuple[float, float]:
+    """x and y of ``a x + b y = c`` for two of ``(a, b, c)``; none below 0: then the other alone, from the larger c."""
+    (a, b, c), (d, e, f) = one, other
+    x, y = ((c * e - f * b) / (a * e - d * b), (a * f - d * c) / (a * e - d * b))
+    largest = max(one, other, key=lambda row: row[2])
+    if x < 0:
+        return 0.0, max(largest[2], 0.0) / largest[1]
+    return (x, y) if y >= 0 else (max(largest[2], 0.0) / largest[0], 0.0)
+
+
+def estimate_reference(times: Times, speeds: Calibration, layout: Layout, reference: Reference = THIN) -> Estimate:
     """A step of the reference model in this layout, on a machine of these speeds."""
+    shape, batch = reference.shape(experts_for(times.world_size)), reference.batch
     wire, remote = speeds.wire(layout.ep_size), None
     cluster = Cluster(speeds.device, 1, times.world_size, wire, wire, speeds.costs)
     if layout.dispatch == "tokens":
         # Rows as they were: the bytes sent over those of one row per token.
-        one = expert_phases(shape, layout, THIN.batch, 4, [(THIN.batch.tokens, 0.0)] * len(shape.groups))
+        one = expert_phases(shape, layout, batch, 4, [(batch.tokens, 0.0)] * len(shape.groups))
         remote = times.dispatched[layout.ep_size] / one["dispatch"].bytes
     routing = Routing(shape.config.num_experts, remote_ranks=remote)
     kind = kind_of(layout, speeds.device)
-    trace = THIN.trace(shape.config.num_experts, kind)
-    return Job(shape, cluster, THIN.batch, Precision(), routing, {kind: trace}).estimate(layout)
+    trace = reference.trace(shape.config.num_experts, kind)
+    return Job(shape, cluster, batch, Precision(), routing, {kind: trace}).estimate(layout)
 
 
 def _wire(times: Times, size: int) -> Wire:

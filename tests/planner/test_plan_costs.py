@@ -33,6 +33,9 @@ def step_seconds(costs: StepCosts, layout: Layout) -> float:
         (replace(FREE, value=1.0), Layout(1, 0), 420.0),
         (replace(FREE, value=1.0), Layout(), 105.0),
         (replace(FREE, value=1.0), Layout(2, 2, "tokens"), 105.0),
+        # A rank has gradients of all that it holds.
+        (replace(FREE, gradient=1.0), Layout(), 420.0),
+        (replace(FREE, gradient=1.0), Layout(2, 2, "tokens"), 300.0),
         # 660 values in buckets of 50 x 50: one, all-reduced in two rings; on two ranks dense ones and experts apart.
         (replace(FREE, reduction=1.0), Layout(), 2.0),
         (replace(FREE, reduction=1.0), Layout(2, 2, "tokens"), 4.0),
