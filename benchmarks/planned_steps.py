@@ -123,7 +123,7 @@ def measure_case(case: Case) -> dict:
 
     AllToAllTokenDispatcher.plan = watched_plan
     figures = {
-        "peak": trace_model(model, ids[0]).peak,
+        "peak": trace_model(model, ids[0], batch.accumulation).peak,
         "parameters": model.num_parameters_by_kind(),
     }
     AllToAllTokenDispatcher.plan = plan

@@ -88,9 +88,10 @@ def measure(device: torch.device, say: Callable[[str], None] = lambda text: None
         seconds[layout_name(layout)] = found["seconds"]
         if layout.dispatch == "tokens":
             dispatched[layout.ep_size] = found["dispatched"]
-    say("training steps, a large adapter")
+    say("training steps, tiny and with a large adapter")
+    seconds["starting step"] = reference_step(STARTING, experts, Layout(), device)["seconds"]
     found = reference_step(WIDE, experts, Layout(), device)
-    seconds["wide"], seconds["wide update"] = found["seconds"], found["update"]
+    seconds["wide step"], seconds["wide update"] = found["seconds"], found["update"]
     for size in dispatched:
         say(f"the link, groups of {size}")
         for name, num_bytes in (("short", 4 * size), ("long", EXCHANGED)):

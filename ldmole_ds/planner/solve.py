@@ -101,41 +101,30 @@ def _costs(times: Times, speeds: Calibration) -> StepCosts:
 
     replicated, *others = reference_layouts(times.world_size)
     found = StepCosts(fetch=0.0, tokens={1: 0.0}, weights={1: 0.0}, value=0.0)
-    wide = estimate(replicated, found, WIDE)
-    gathering = sum(phase.seconds for name, phase in wide.phases.items() if name.startswith("update"))
-    updated = WIDE.shape(experts).trainable / times.world_size
-    found = replace(found, value=max(times.seconds["wide update"] - gathering, 0.0) / updated)
-    # Two steps tell two costs: of each value of the gradients, and of each reduction, in which the engine mostly waits;
-    # where there are none, of each tensor.
-    rows, name = [], "tensor" if times.world_size == 1 else "reduction"
-    for reference, seconds in ((THIN, times.seconds[layout_name(replicated)]), (WIDE, times.seconds["wide"])):
-        planned, shape = estimate(replicated, found, reference), reference.shape(experts)
-        reductions = sum(phase.calls for n, phase in planned.phases.items() if n.startswith("reduce"))
-        rows.append((reductions or shape.tensors, shape.trainable, seconds - planned.step_seconds))
-    number, gradient = two_costs(*rows)
-    found = replace(found, gradient=gradient, **{name: number})
-    # The others are compared with it, so that what the model has too much there is not taken off again.
+    planned, values = estimate(replicated, found, WIDE), WIDE.shape(experts).trainable
+    gathering = sum(phase.seconds for name, phase in planned.phases.items() if name.startswith("update"))
+    value = max(times.seconds["wide update"] - gathering, 0.0) * times.world_size / values
+    # What the engine adds to a tiny model's step is mostly waiting in reductions where there are any, else its work on
+    # tensors. What it adds to a large adapter's besides is its work on the gradients' values.
+    planned = estimate(replicated, found, STARTING)
+    reductions = sum(phase.calls for name, phase in planned.phases.items() if name.startswith("reduce"))
+    name, number = ("reduction", reductions) if reductions else ("tensor", STARTING.shape(experts).tensors)
+    each = max(times.seconds["starting step"] - planned.step_seconds, 0.0) / number
+    found = replace(found, value=value, **{name: each})
+    more = times.seconds["wide step"] - estimate(replicated, found, WIDE).step_seconds
+    found = replace(found, gradient=max(more, 0.0) / values)
+    # The others are compared with replicated experts, in the same model.
     missed = times.seconds[layout_name(replicated)] - estimate(replicated, found).step_seconds
-    too_much, measured = min(missed, 0.0), {"tokens": {}, "weights": {}}
+    measured = {"tokens": {}, "weights": {}}
     for layout in others:
         planned = estimate(layout, found)
-        seconds = max(times.seconds[layout_name(layout)] - planned.step_seconds - too_much, 0.0)
+        seconds = max(times.seconds[layout_name(layout)] - planned.step_seconds - missed, 0.0)
         if layout.zero_stage == 3:
             measured["fetch"] = seconds / planned.phases["fetch"].calls
         else:
             calls = sum(planned.phases[name].calls for name in EXPERT_PHASES & set(planned.phases))
             measured[layout.dispatch][layout.ep_size] = seconds / calls
     return replace(found, **{"fetch": None, **measured})
-
-
-def two_costs(one: tuple[float, float, float], other: tuple[float, float, float]) -> tuple[float, float]:
-    """x and y of ``a x + b y = c`` for two of ``(a, b, c)``; none below 0: then the other alone, from the larger c."""
-    (a, b, c), (d, e, f) = one, other
-    x, y = ((c * e - f * b) / (a * e - d * b), (a * f - d * c) / (a * e - d * b))
-    largest = max(one, other, key=lambda row: row[2])
-    if x < 0:
-        return 0.0, max(largest[2], 0.0) / largest[1]
-    return (x, y) if y >= 0 else (max(largest[2], 0.0) / largest[0], 0.0)
 
 
 def estimate_reference(times: Times, speeds: Calibration, layout: Layout, reference: Reference = THIN) -> Estimate:

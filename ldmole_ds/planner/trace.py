@@ -156,13 +156,14 @@ def _attention_flops(query: Tensor, key: Tensor) -> int:
     return 4 * batch * heads * length * key.shape[2] * width
 
 
-def trace_model(model: LDMoLEModel, ids: Tensor) -> Trace:
-    """Forward and backward of one micro-step on token ``ids`` ``(rows, length)``, on fake tensors or real ones."""
+def trace_model(model: LDMoLEModel, ids: Tensor, accumulation: int = 1) -> Trace:
+    """Forward and backward of a micro-step on token ``ids`` ``(rows, length)``, on fake tensors or real ones."""
     # What reduces gradients takes them away; they are not part of the activations.
     handles = [p.register_post_accumulate_grad_hook(_forget) for p in model.parameters() if p.requires_grad]
     recorder = Recorder(model.train())
     with recorder, cpu_kernels.watched(recorder.see_kernel):
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss.backward()
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
+        model(**batch, gradient_accumulation_steps=accumulation).loss.backward()
     for handle in handles:
         handle.remove()
     return recorder.trace

@@ -15,7 +15,7 @@ from ldmole_ds.planner.calibrate import (
     reference_layouts,
 )
 from ldmole_ds.planner.reference import STARTING, THIN, WIDE
-from ldmole_ds.planner.solve import Calibration, describe, estimate_reference, solve, two_costs
+from ldmole_ds.planner.solve import Calibration, describe, estimate_reference, solve
 
 TRUE = Calibration(
     Device("CPU rank", 1e9, 2e11, 4e10, 1e10, 2e-5, False, 0.5),
@@ -45,7 +45,8 @@ def times_of(true: Calibration, world_size: int = 4) -> Times:
     wide = estimate_reference(times, true, Layout(), WIDE)
     updates = sum(phase.seconds for name, phase in wide.phases.items() if name.startswith("update"))
     seconds["wide update"] = updates + true.costs.value * WIDE.shape(experts).trainable / world_size
-    seconds["wide"] = wide.step_seconds
+    seconds["wide step"] = wide.step_seconds
+    seconds["starting step"] = estimate_reference(times, true, Layout(), STARTING).step_seconds
     return times
 
 
@@ -65,13 +66,6 @@ def test_what_made_the_times_is_found_again():
     # What a step did not take longer is no cost.
     slow = {**times.seconds, layout_name(reference_layouts(4)[0]): 100.0}
     assert solve(replace(times, seconds=slow)).costs.tokens == {2: 0.0, 4: 0.0}
-
-
-def test_two_costs_of_two_steps_are_never_negative():
-    assert two_costs((2, 10, 26), (3, 100, 209)) == pytest.approx((3, 2))
-    assert two_costs((2, 10, 1), (3, 100, 300)) == (0.0, 3.0)
-    assert two_costs((2, 10, 40), (3, 100, 9)) == (20.0, 0.0)
-    assert two_costs((2, 10, -1), (3, 100, -2)) == (0.0, 0.0)
 
 
 def test_the_faster_of_two_measurements_counts_for_each_time():
