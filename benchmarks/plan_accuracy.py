@@ -4,7 +4,7 @@
     python benchmarks/plan_accuracy.py --output benchmarks/results/plan_accuracy.md
     python benchmarks/plan_accuracy.py --rate_gbit 2 0.5 --delay_ms 1      also over slower links (needs root and tc)
 
-Per world size one job calibrates the planner (`ldmole_ds.planner.calibrate`, with a model that is none of the cases'),
+Per world size one job calibrates the planner (`ldmole_ds.planner.calibrate`, with models that are none of the cases'),
 trains each case, and calibrates again; each time counts as the faster of the two measured it. With it the planner is
 given the rows that each dispatch really moved. Parameters, calls and bytes must be exact; step times are within 25 % or
 marked.
@@ -38,6 +38,10 @@ from ldmole_ds.training.run_record import versions  # noqa: E402
 from tests.distributed_utils import run_distributed  # noqa: E402
 
 TIME_BAR = 0.25
+WIRES = (
+    " Limited wires are a token bucket on loopback (both ranks together); delayed ones are TUN devices with a relay "
+    "that holds every packet back, as the kernel has no netem."
+)
 
 
 def fastest_of(runs: list[dict]) -> dict:
@@ -158,18 +162,17 @@ def main() -> None:
             f"A step takes as long as its slowest rank; the fastest of {STEPS * arguments.runs} is compared, as other "
             "work on the machine only adds. The last column compares the bytes alive at the peak of forward and "
             "backward, counted tensor "
-            "by tensor. Limited wires are a token bucket on loopback (both ranks together); delayed ones are TUN "
-            "devices with a relay that holds every packet back, as the kernel has no netem.",
+            f"by tensor.{WIRES * any(wire != '-' for _, wire, _ in jobs)}",
             "",
-            f"{date.today()}, {os.cpu_count()} cores ({platform.machine()}), gloo, one thread per rank: 4 ranks share "
-            f"them, and other work on the machine shows in the medians. Versions: {found_versions}. No GPU was used: "
-            "the 10 % bar of memory against `max_memory_allocated` is not measured yet.",
+            f"{date.today()}, {os.cpu_count()} cores ({platform.machine()}), gloo, one thread per rank: more ranks "
+            f"than cores share them, and other work on the machine shows in the medians. Versions: {found_versions}. "
+            "No GPU was used: the 10 % bar of memory against `max_memory_allocated` is not measured yet.",
             "",
             HEAD,
             *lines,
             "",
-            "What the planner was given, measured before and after the cases with a model that is none of them "
-            "(Llama, hidden 256 with 3 layers):",
+            "What the planner was given, measured before and after the cases with models that are none of them "
+            "(`ldmole_ds/planner/reference.py`):",
             "",
             *notes,
             "",
