@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""launch/plan.py against measurement: real DeepSpeed steps of a small and a mid-sized model on gloo ranks.
+"""launch/plan.py against measurement: real DeepSpeed steps of small, mid-sized and wide models on gloo.
 
     python benchmarks/plan_accuracy.py --output benchmarks/results/plan_accuracy.md
     python benchmarks/plan_accuracy.py --rate_gbit 2 0.5 --delay_ms 1      also over slower links (needs root and tc)
