@@ -30,6 +30,7 @@ from ldmole_ds.planner import (  # noqa: E402
     Layout,
     Precision,
     Routing,
+    StepKind,
     StepTrace,
     shape_of_config,
     trace_step,
@@ -39,6 +40,7 @@ GPUS = [8, 16, 32, 64, 128, 256, 512, 1024]
 EXPERTS = [8, 16, 32, 64, 128, 256, 512, 1024]
 ACTIVE, SKEW = 2, 4.0
 MICRO, LENGTH, NODE, GPU = 4, 1024, 8, "h100"
+KIND = StepKind(checkpointing=True)
 # Sizes of Llama 3.1 8B and 70B.
 _COMMON = {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192}
 BASES = {
@@ -86,7 +88,7 @@ class Continued:
 def best_of_modes(base: str, num_experts: int, num_gpus: int, skew: float, shape, trace) -> dict[str, Estimate | None]:
     """Per mode, the fastest layout that fits, or None."""
     cluster = Cluster(nodes=num_gpus // NODE, ranks_per_node=NODE, **PRESETS[GPU])
-    job = Job(shape, cluster, Batch(MICRO, LENGTH), Precision(base=2, adapter=2), Routing(ACTIVE, skew), {True: trace})
+    job = Job(shape, cluster, Batch(MICRO, LENGTH), Precision(base=2, adapter=2), Routing(ACTIVE, skew), {KIND: trace})
     ep_sizes = [2**i for i in range(11) if 2**i <= min(num_gpus, num_experts)]
     found: dict[str, Estimate | None] = {}
     for mode in MODES:
@@ -107,8 +109,8 @@ def study() -> dict[tuple, dict[str, Estimate | None]]:
     """All cells: base, experts, GPUs, skew."""
     cells = {}
     for base, hf_config in BASES.items():
-        traced = {"micro": MICRO, "length": LENGTH, "dtype": torch.bfloat16, "checkpointing": True}
-        few, more = (trace_step(hf_config, adapter(e), **traced) for e in (8, 16))
+        traced = {"micro": MICRO, "length": LENGTH, "dtype": torch.bfloat16}
+        few, more = (trace_step(hf_config, adapter(e), KIND, **traced) for e in (8, 16))
         for num_experts in EXPERTS:
             shape = shape_of_config(hf_config, adapter(num_experts))
             trace = Continued(few, more, (num_experts - 8) / 8)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""launch/plan.py against measurement: real DeepSpeed steps of a small and a mid-sized model on gloo ranks.
+"""launch/plan.py against measurement: real DeepSpeed steps of small, mid-sized and wide models on gloo.
 
     python benchmarks/plan_accuracy.py --output benchmarks/results/plan_accuracy.md
     python benchmarks/plan_accuracy.py --rate_gbit 2 0.5 --delay_ms 1      also over slower links (needs root and tc)
 
-Per world size one job calibrates the planner (`ldmole_ds.planner.calibrate`, with a model that is none of the cases'),
+Per world size one job calibrates the planner (`ldmole_ds.planner.calibrate`, with models that are none of the cases'),
 trains each case, and calibrates again; each time counts as the faster of the two measured it. With it the planner is
 given the rows that each dispatch really moved. Parameters, calls and bytes must be exact; step times are within 25 % or
 marked.
@@ -26,10 +26,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import harness  # noqa: E402
 from benchmarks.delayed_link import delayed_link  # noqa: E402
 from benchmarks.planned_steps import MODELS, STEPS, Case, cases, measure  # noqa: E402
 from benchmarks.slow_link import enter_own_network, limited  # noqa: E402
-from ldmole_ds.planner import Cluster, Job, Precision, Routing, shape_of_config, trace_step  # noqa: E402
+from ldmole_ds.planner import Cluster, Job, Precision, Routing, kind_of, shape_of_config, trace_step  # noqa: E402
 from ldmole_ds.planner.calibrate import Times  # noqa: E402
 from ldmole_ds.planner.communication import expert_phases  # noqa: E402
 from ldmole_ds.planner.solve import Calibration, describe, solve  # noqa: E402
@@ -37,6 +38,10 @@ from ldmole_ds.training.run_record import versions  # noqa: E402
 from tests.distributed_utils import run_distributed  # noqa: E402
 
 TIME_BAR = 0.25
+WIRES = (
+    " Limited wires are a token bucket on loopback (both ranks together); delayed ones are TUN devices with a relay "
+    "that holds every packet back, as the kernel has no netem."
+)
 
 
 def fastest_of(runs: list[dict]) -> dict:
@@ -57,8 +62,9 @@ def predict(case: Case, world_size: int, found: Calibration, figures: dict) -> d
     cluster = Cluster(found.device, 1, world_size, wire, wire, found.costs)
     sent = statistics.mean(row[0] for row in figures["rows"])
     routing = Routing(adapter.num_experts, remote_ranks=sent / batch.tokens)
-    trace = trace_step(hf_config, adapter, micro=micro, length=length, checkpointing=layout.checkpointing)
-    job = Job(shape, cluster, batch, Precision(), routing, {layout.checkpointing: trace})
+    kind = kind_of(layout, found.device)
+    trace = trace_step(hf_config, adapter, kind, micro=micro, length=length)
+    job = Job(shape, cluster, batch, Precision(), routing, {kind: trace})
     estimate = job.estimate(layout)
     phases = expert_phases(shape, layout, batch, 4, figures["rows"]) if layout.ep_size > 1 else {}
     dense, experts = shape.held(layout.ep_size)
@@ -146,27 +152,27 @@ def main() -> None:
         [
             "# The planner against measurement",
             "",
-            "`launch/plan.py` against DeepSpeed steps of two Llamas (hidden 64 with 2 layers; hidden 384 with 4), "
-            "8 experts on every projection, float32. Reproduce (as root): `python "
-            "benchmarks/plan_accuracy.py --rate_gbit 2 0.5 --delay_ms 1`.",
+            "`launch/plan.py` against DeepSpeed steps of three Llamas (small: hidden 64 with 2 layers, r 4; mid: 384 "
+            "with 4, r 8; wide: 512 with 4, r 32 and few tokens), 8 experts on every projection, float32. "
+            f"Reproduce{' (as root)' * bool(arguments.rate_gbit)}: `python benchmarks/plan_accuracy.py"
+            f"{harness.flags(arguments, parser.parse_args([]))}`.",
             "",
             f"{exact} of {len(lines)} cases have exact parameters, calls and bytes (given the rows that were "
             f"dispatched); {close} of {len(lines)} step times are within {100 * TIME_BAR:.0f} %, the others are bold. "
             f"A step takes as long as its slowest rank; the fastest of {STEPS * arguments.runs} is compared, as other "
             "work on the machine only adds. The last column compares the bytes alive at the peak of forward and "
             "backward, counted tensor "
-            "by tensor. Limited wires are a token bucket on loopback (both ranks together); delayed ones are TUN "
-            "devices with a relay that holds every packet back, as the kernel has no netem.",
+            f"by tensor.{WIRES * any(wire != '-' for _, wire, _ in jobs)}",
             "",
-            f"{date.today()}, {os.cpu_count()} cores ({platform.machine()}), gloo, one thread per rank: 4 ranks share "
-            f"them, and other work on the machine shows in the medians. Versions: {found_versions}. No GPU was used: "
-            "the 10 % bar of memory against `max_memory_allocated` is not measured yet.",
+            f"{date.today()}, {os.cpu_count()} cores ({platform.machine()}), gloo, one thread per rank: more ranks "
+            f"than cores share them, and other work on the machine shows in the medians. Versions: {found_versions}. "
+            "No GPU was used: the 10 % bar of memory against `max_memory_allocated` is not measured yet.",
             "",
             HEAD,
             *lines,
             "",
-            "What the planner was given, measured before and after the cases with a model that is none of them "
-            "(Llama, hidden 256 with 3 layers):",
+            "What the planner was given, measured before and after the cases with models that are none of them "
+            "(`ldmole_ds/planner/reference.py`):",
             "",
             *notes,
             "",

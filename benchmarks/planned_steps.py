@@ -29,6 +29,8 @@ def _llama(hidden: int, inner: int, layers: int, heads: int, vocabulary: int) ->
 MODELS = {
     "small": (_llama(64, 96, 2, 4, 128), LDMoLEConfig(r=4, lambda_hidden_size=16, lora_dropout=0.0), 4, 32),
     "mid": (_llama(384, 1024, 4, 6, 4096), LDMoLEConfig(r=8, lambda_hidden_size=128, lora_dropout=0.0), 4, 64),
+    # A large adapter, few tokens: the optimizer takes as long as forward and backward.
+    "wide": (_llama(512, 1024, 4, 8, 1024), LDMoLEConfig(r=32, lambda_hidden_size=64, lora_dropout=0.0), 2, 32),
 }
 
 
@@ -54,10 +56,12 @@ class Case:
 def cases(world_size: int) -> list[Case]:
     """What is measured with this many ranks."""
     found = []
-    for model in MODELS:
+    for model in ("small", "mid"):
         found.append(Case(model, Layout()))
         if world_size > 1:
             found += [Case(model, Layout(world_size, 2, mode)) for mode in ("weights", "tokens")]
+    if world_size <= 2:
+        found.append(Case("wide", Layout()))
     if world_size == 2:
         found += [
             Case("mid", Layout(2, 1, "tokens")),
@@ -119,7 +123,7 @@ def measure_case(case: Case) -> dict:
 
     AllToAllTokenDispatcher.plan = watched_plan
     figures = {
-        "peak": trace_model(model, ids[0]).peak,
+        "peak": trace_model(model, ids[0], batch.accumulation).peak,
         "parameters": model.num_parameters_by_kind(),
     }
     AllToAllTokenDispatcher.plan = plan

@@ -68,7 +68,17 @@ def build_job(flags: Namespace):
     import torch
 
     from ldmole_ds.model.dispatch_plan import expected_experts
-    from ldmole_ds.planner import Batch, Job, Precision, Routing, layouts, load_config, shape_of_config, trace_step
+    from ldmole_ds.planner import (
+        Batch,
+        Job,
+        Precision,
+        Routing,
+        kind_of,
+        layouts,
+        load_config,
+        shape_of_config,
+        trace_step,
+    )
     from ldmole_ds.tasks import demo_model_file
     from ldmole_ds.training.arguments import adapter_config
     from ldmole_ds.training.batch import BatchArguments, accumulation_steps
@@ -108,8 +118,8 @@ def build_job(flags: Namespace):
     active = expected_experts(config) if flags.active_experts is None else flags.active_experts
     routing = Routing(active, flags.skew)
     traced = {"micro": micro, "length": flags.max_length, "dtype": getattr(torch, base)}
-    recompute = flags.activation_checkpointing
-    traces = {recompute: trace_step(hf_config, config, checkpointing=recompute, **traced)}
+    kinds = {kind_of(layout, cluster.device) for layout in plans}
+    traces = {kind: trace_step(hf_config, config, kind, **traced) for kind in kinds}
     job = Job(shape, cluster, batch, precision, routing, traces)
     return job, [job.estimate(layout) for layout in plans]
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ldmole_ds.distributed import ExpertWeights, LocalTokenDispatcher
 from ldmole_ds.distributed.zero import is_zero3_parameter
@@ -35,8 +36,8 @@ def runs_whole(group: InputGroup, x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling():
         return False
-    weights = (group.lora_A, group.lambda_mlp.weight_in)
-    if any(type(w) is not nn.Parameter or w.dtype != torch.float32 or is_zero3_parameter(w) for w in weights):
+    weights, types = (group.lora_A, group.lambda_mlp.weight_in), (nn.Parameter, FakeTensor)
+    if any(type(w) not in types or w.dtype != torch.float32 or is_zero3_parameter(w) for w in weights):
         return False
     if not all(is_plain(layer.base_layer, x) for layer in group.layers):
         return False

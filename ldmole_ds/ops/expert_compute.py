@@ -15,7 +15,8 @@ their costs in one unit. The environment variable ``LDMOLE_EXPERT_COMPUTE`` says
 
 Both give the same numbers up to rounding, so ranks may differ in their choice. ``auto`` is dense on a GPU, which the
 host would have to wait for to learn who is active, and in half precision, where dense products have units of their own.
-What is traced without values, by ``torch.compile`` or the planner, is dense whatever is set.
+What is traced without values, by ``torch.compile`` or the planner, is dense whatever is set; but a plan for a CPU knows
+which layers `may_be_grouped` (`ldmole_ds.ops.planned`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ldmole_ds.ops.grouped_experts import GROUPED
 from ldmole_ds.ops.lora_experts import DENSE, Products
+from ldmole_ds.ops.planned import planned_cpu
 
 SWITCH = "LDMOLE_EXPERT_COMPUTE"
 
@@ -88,13 +90,15 @@ def may_be_grouped(rows: int, lora_A: Tensor, out_features: Sequence[int], num_e
     Raises:
         ValueError: As `may_group_on`.
     """
-    has_values = not (torch.compiler.is_compiling() or isinstance(lora_A, FakeTensor))
-    if not has_values or not may_group_on(lora_A.device, lora_A.dtype):
+    planned = planned_cpu(lora_A)
+    traced = torch.compiler.is_compiling() or (isinstance(lora_A, FakeTensor) and planned is None)
+    if traced or not may_group_on(lora_A.device, lora_A.dtype):
         return False
     # A token has an expert here as a rule: with fewer pairs than that a small layer loses little.
     _, e, r, d = lora_A.shape
     layer = (num_experts or e, r, d, out_features)
-    return _is_forced() or _grouped_is_cheaper(rows * len(out_features), rows, layer)
+    speed = grouped_speed() if planned is None else planned.grouped_speed
+    return _is_forced() or _grouped_is_cheaper(rows * len(out_features), rows, layer, speed)
 
 
 def choose_products(w_NGe: Tensor, lora_A: Tensor, lora_B: Sequence[Tensor]) -> Products:
@@ -104,17 +108,18 @@ def choose_products(w_NGe: Tensor, lora_A: Tensor, lora_B: Sequence[Tensor]) -> 
         ValueError: As `may_group_on`.
     """
     rows, out_features = len(w_NGe), [b.shape[-1] for b in lora_B]
-    if not may_be_grouped(rows, lora_A, out_features):
+    if isinstance(lora_A, FakeTensor) or not may_be_grouped(rows, lora_A, out_features):
         return DENSE
     if _is_forced():
         return GROUPED
     pairs = int(torch.count_nonzero(w_NGe))
-    return GROUPED if _grouped_is_cheaper(pairs, rows, (*lora_A.shape[1:], out_features)) else DENSE
+    layer = (*lora_A.shape[1:], out_features)
+    return GROUPED if _grouped_is_cheaper(pairs, rows, layer, grouped_speed()) else DENSE
 
 
 def _is_forced() -> bool:
     return os.environ.get(SWITCH) == "grouped"
 
 
-def _grouped_is_cheaper(pairs: int, rows: int, layer: tuple[int, int, int, Sequence[int]]) -> bool:
-    return grouped_operations(pairs, rows, *layer) < dense_operations(rows, *layer) * grouped_speed()
+def _grouped_is_cheaper(pairs: int, rows: int, layer: tuple[int, int, int, Sequence[int]], speed: float) -> bool:
+    return grouped_operations(pairs, rows, *layer) < dense_operations(rows, *layer) * speed

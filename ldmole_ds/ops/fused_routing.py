@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from ldmole_ds.ops import cpu_kernels, routing_cpu, routing_triton
 from ldmole_ds.ops.losses import router_z_sum, sparsity_sum
+from ldmole_ds.ops.planned import planned_cpu
 from ldmole_ds.ops.routing_spec import LAMBDA_TOP, Routing, RoutingSpec
 from ldmole_ds.ops.sparsegen import sparsegen
 
@@ -44,12 +45,14 @@ def uses_fused_routing(logits: Tensor) -> bool:
     """Whether the routing of these logits is left to the kernel; see the module docstring.
 
     float64 always goes the plain way (the kernel computes in float32), and so does what has no numbers: all that
-    ``torch.compile`` traces, which fuses by itself, and fake tensors.
+    ``torch.compile`` traces, which fuses by itself, and fake tensors, unless they stand for a CPU's (`PlannedCpu`).
 
     Raises:
         ValueError: The environment variable has no known value, or asks for what cannot run.
     """
-    if torch.compiler.is_compiling() or logits.dtype == torch.float64 or isinstance(logits, FakeTensor):
+    if torch.compiler.is_compiling() or logits.dtype == torch.float64:
+        return False
+    if isinstance(logits, FakeTensor) and (planned_cpu(logits) is None or backend_of(logits) is not routing_cpu):
         return False
     switch = os.environ.get(SWITCH, "auto")
     if switch not in ("auto", "on", "off"):

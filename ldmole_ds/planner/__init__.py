@@ -6,6 +6,7 @@ from ldmole_ds.planner.estimate import Estimate, Job, layouts, recommend
 from ldmole_ds.planner.layout import Batch, Layout, Precision, Routing
 from ldmole_ds.planner.model_shape import ModelShape, load_config, shape_of, shape_of_config
 from ldmole_ds.planner.report import launch_command, plan_dict, plan_text
+from ldmole_ds.planner.step_kind import StepKind, kind_of
 from ldmole_ds.planner.trace import StepTrace, trace_step
 
 __all__ = [
@@ -20,8 +21,10 @@ __all__ = [
     "Precision",
     "Routing",
     "StepCosts",
+    "StepKind",
     "StepTrace",
     "Wire",
+    "kind_of",
     "launch_command",
     "layouts",
     "load_config",

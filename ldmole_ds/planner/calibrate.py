@@ -21,7 +21,7 @@ from ldmole_ds.model import LDMoLEModel, get_ldmole_model
 from ldmole_ds.ops.expert_compute import grouped_speed
 from ldmole_ds.planner.calibrate_steps import reference_step
 from ldmole_ds.planner.layout import Layout
-from ldmole_ds.planner.reference import STARTING, THIN, Reference, alone
+from ldmole_ds.planner.reference import STARTING, THIN, WIDE, Reference, alone
 from ldmole_ds.planner.timing import fastest
 
 # Rows, inner size and columns of the product; values of the elementwise sum: what layers of mid-sized models have.
@@ -88,6 +88,10 @@ def measure(device: torch.device, say: Callable[[str], None] = lambda text: None
         seconds[layout_name(layout)] = found["seconds"]
         if layout.dispatch == "tokens":
             dispatched[layout.ep_size] = found["dispatched"]
+    say("training steps, tiny and with a large adapter")
+    seconds["starting step"] = reference_step(STARTING, experts, Layout(), device)["seconds"]
+    found = reference_step(WIDE, experts, Layout(), device)
+    seconds["wide step"], seconds["wide update"] = found["seconds"], found["update"]
     for size in dispatched:
         say(f"the link, groups of {size}")
         for name, num_bytes in (("short", 4 * size), ("long", EXCHANGED)):

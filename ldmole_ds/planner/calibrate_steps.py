@@ -33,8 +33,9 @@ def reference_step(reference: Reference, num_experts: int, layout: Layout, devic
     """Train some steps of the reference in this layout. Collective.
 
     Returns:
-        ``seconds`` of the fastest step, each as long as its slowest rank took; ``dispatched``: bytes that a rank sent
-        in the dispatches of a step, their mean over the ranks.
+        ``seconds`` of the fastest step, each as long as its slowest rank took; ``update``: the same of the engine's own
+        step, after forward and backward; ``dispatched``: bytes that a rank sent in the dispatches of a step, their mean
+        over the ranks.
     """
     import deepspeed
 
@@ -51,19 +52,24 @@ def reference_step(reference: Reference, num_experts: int, layout: Layout, devic
     optimizer = torch.optim.AdamW(ldmole_param_groups(model), lr=_RATE)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     ids = reference.ids(dist.get_rank()).to(device)
-    mask, times = torch.ones_like(ids), []
+    mask, times, updates = torch.ones_like(ids), [], []
     for _ in range(_WARM + _STEPS):
         model.comm_stats.reset()
         dist.barrier()
         begin = time.perf_counter()
         loss = engine(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
         engine.backward(loss)
-        engine.step()
         loss.item()  # wait for the device
-        times.append(slowest(time.perf_counter() - begin, device))
+        middle = time.perf_counter()
+        engine.step()
+        loss.item()
+        end = time.perf_counter()
+        times.append(slowest(end - begin, device))
+        updates.append(slowest(end - middle, device))
     sent = torch.tensor([model.comm_stats.bytes.get("dispatch", 0)], dtype=torch.float64, device=device)
     dist.all_reduce(sent)
     engine.destroy()
     del engine, model, optimizer, loss
     gc.collect()
-    return {"seconds": min(times[_WARM:]), "dispatched": sent.item() / dist.get_world_size()}
+    dispatched = sent.item() / dist.get_world_size()
+    return {"seconds": min(times[_WARM:]), "update": min(updates[_WARM:]), "dispatched": dispatched}

@@ -13,10 +13,6 @@ from ldmole_ds.planner.layout import Batch, Layout, Precision, Routing
 from ldmole_ds.planner.model_shape import ModelShape
 from ldmole_ds.planner.trace import StepTrace, op_seconds
 
-# Values moved per parameter: AdamW as about ten operations on whole tensors (21), and the engine's copies of the
-# gradient, its norm, clipping, and the copy of the weight (9).
-_OPTIMIZER_VALUES = 30
-
 
 def expert_seconds(
     shape: ModelShape,
@@ -103,4 +99,5 @@ def compute_seconds(
     owned = dense + experts
     if layout.zero_stage:
         owned = dense / world_size + experts / (world_size // layout.ep_size)
-    return batch.accumulation * micro, costs.tensor * shape.tensors + 4.0 * _OPTIMIZER_VALUES * owned / device.bandwidth
+    engine = costs.tensor * shape.tensors + batch.accumulation * costs.gradient * (dense + experts)
+    return batch.accumulation * micro, engine + costs.updating(device.bandwidth) * owned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ldmole_ds.distributed.dispatch_choice import Workload, choose_dispatch
@@ -11,6 +12,7 @@ from ldmole_ds.planner.compute import compute_seconds
 from ldmole_ds.planner.layout import Batch, Layout, Precision, Routing
 from ldmole_ds.planner.memory import Memory, memory_per_rank
 from ldmole_ds.planner.model_shape import ModelShape
+from ldmole_ds.planner.step_kind import StepKind, kind_of
 from ldmole_ds.planner.trace import StepTrace
 from ldmole_ds.planner.zero import PhaseCost
 
@@ -42,18 +44,19 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Job:
-    """What is the same for all layouts. ``traces`` has the traced step without and with checkpointing, as needed."""
+    """What is the same for all layouts. ``traces`` has the traced step of each kind that they have."""
 
     shape: ModelShape
     cluster: Cluster
     batch: Batch
     precision: Precision
     routing: Routing
-    traces: dict[bool, StepTrace]
+    traces: Mapping[StepKind, StepTrace]
 
     def estimate(self, layout: Layout) -> Estimate:
         """Time and memory of this layout."""
-        shape, world, trace = self.shape, self.cluster.world_size, self.traces[layout.checkpointing]
+        shape, world = self.shape, self.cluster.world_size
+        trace = self.traces[kind_of(layout, self.cluster.device)]
         compute, optimizer = compute_seconds(
             shape,
             trace,

@@ -1,4 +1,4 @@
-"""The models whose steps the calibration times: one too small to compute much, and one of thin products."""
+"""The models whose steps the calibration times: too small to compute much, of thin products, with a large adapter."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig
 
 from ldmole_ds.config import LDMoLEConfig
 from ldmole_ds.distributed import ExpertParallel
 from ldmole_ds.model import LDMoLEModel, get_ldmole_model
 from ldmole_ds.planner.layout import Batch
-from ldmole_ds.planner.model_shape import build_base
+from ldmole_ds.planner.model_shape import ModelShape, build_base, shape_of_config
+from ldmole_ds.planner.step_kind import StepKind
 from ldmole_ds.planner.trace import StepTrace, trace_model
 
 
@@ -58,12 +58,17 @@ class Reference:
         return torch.randint(0, self.vocabulary, (self.batch.micro, self.batch.length), generator=generator)
 
     @functools.cache  # noqa: B019  the references are constants
-    def trace(self, num_experts: int = 8) -> StepTrace:
+    def shape(self, num_experts: int) -> ModelShape:
+        """Its sizes."""
+        return shape_of_config(self.hf_config, self.adapter(num_experts))
+
+    @functools.cache  # noqa: B019
+    def trace(self, num_experts: int, kind: StepKind) -> StepTrace:
         """Operations of its step on one rank that has all experts."""
-        with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        with kind.fake_tensors(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = alone(get_ldmole_model(build_base(self.hf_config), self.adapter(num_experts)))
-            return StepTrace(trace_model(model, self.ids(0)))
+            return StepTrace(trace_model(kind.prepare(model), self.ids(0)))
 
 
 def alone(model: LDMoLEModel) -> LDMoLEModel:
@@ -74,3 +79,4 @@ def alone(model: LDMoLEModel) -> LDMoLEModel:
 
 STARTING = Reference(32, 48, 2, 64, r=4, lambda_hidden=8, batch=Batch(2, 6))
 THIN = Reference(256, 704, 3, 2048, r=8, lambda_hidden=64, batch=Batch(4, 48))
+WIDE = Reference(512, 704, 2, 1024, r=64, lambda_hidden=64, batch=Batch(1, 16))

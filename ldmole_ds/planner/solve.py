@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ldmole_ds.planner.calibrate import EXCHANGED, PRODUCT, VALUES, Times, experts_for, layout_name, reference_layouts
+from ldmole_ds.planner.calibrate import (
+    EXCHANGED,
+    PRODUCT,
+    VALUES,
+    Times,
+    experts_for,
+    layout_name,
+    reference_layouts,
+)
 from ldmole_ds.planner.cluster import Cluster, Device, Wire
 from ldmole_ds.planner.communication import EXPERT_PHASES, expert_phases
 from ldmole_ds.planner.costs import StepCosts
 from ldmole_ds.planner.estimate import Estimate, Job
 from ldmole_ds.planner.layout import Layout, Precision, Routing
-from ldmole_ds.planner.model_shape import ModelShape, shape_of_config
-from ldmole_ds.planner.reference import STARTING, THIN
+from ldmole_ds.planner.reference import STARTING, THIN, WIDE, Reference
+from ldmole_ds.planner.step_kind import kind_of
 from ldmole_ds.planner.trace import StepTrace, op_seconds
 
 # Of the large product's speed: less, or more, is a measurement that went wrong.
@@ -37,7 +45,6 @@ class Calibration:
 def solve(times: Times) -> Calibration:
     """The speeds and costs with which the planner's model takes these times for the reference. Not collective."""
     experts = experts_for(times.world_size)
-    starting, thin = STARTING.trace(experts).first, THIN.trace(experts)
     seconds, (m, k, n) = times.seconds, PRODUCT[times.kind]
     bandwidth = 3 * 4 * VALUES[times.kind] / seconds["sum"]
     flops = {name: 2 * m * k * n / seconds[name] for name in ("half", "float")}
@@ -51,12 +58,14 @@ def solve(times: Times) -> Calibration:
         asynchronous=times.kind == "cuda",
         grouped_speed=times.grouped_speed,
     )
+    starting, thin = (reference.trace(experts, kind_of(Layout(), device)) for reference in (STARTING, THIN))
+    starting = starting.first
     busy = 0.0 if device.asynchronous else sum(n * op_seconds(device, *op) for op, n in starting.ops.items())
     device = replace(device, op_seconds=max(seconds["starting"] - busy, 0.0) / starting.calls)
     if not device.asynchronous:
         device = _as_reached(device, seconds["thin"], thin)
     wires = {size: _wire(times, size) for size in times.ep_sizes}
-    return Calibration(device, wires, _costs(times, Calibration(device, wires, StepCosts()), thin))
+    return Calibration(device, wires, _costs(times, Calibration(device, wires, StepCosts())))
 
 
 def describe(found: Calibration) -> str:
@@ -67,7 +76,8 @@ def describe(found: Calibration) -> str:
     )
     text = (
         f"{device.name}: {device.float_flops / 1e9:.1f} GFLOPS float32, {device.half_flops / 1e9:.1f} half, memory "
-        f"{device.bandwidth / 1e9:.1f} GB/s, {device.op_seconds * 1e6:.1f} us per operation; engine {engine}"
+        f"{device.bandwidth / 1e9:.1f} GB/s, {device.op_seconds * 1e6:.1f} us per operation; value: "
+        f"{costs.value * 1e9:.1f} ns per update, {costs.gradient * 1e9:.1f} per gradient; engine {engine}"
     )
     if not found.wires:
         return f"{text}; link and expert parallelism not measured (1 rank)"
@@ -82,45 +92,54 @@ def describe(found: Calibration) -> str:
     )
 
 
-def _costs(times: Times, speeds: Calibration, trace: StepTrace) -> StepCosts:
-    """Each from a layout that has it: what its step takes longer than the model says without it."""
-    shape = shape_of_config(THIN.hf_config, THIN.adapter(experts_for(times.world_size)))
+def _costs(times: Times, speeds: Calibration) -> StepCosts:
+    """Each from a step that has it: what it takes longer than the model says without it."""
+    experts = experts_for(times.world_size)
 
-    def more(layout: Layout, costs: StepCosts) -> tuple[float, Estimate]:
-        estimate = estimate_reference(times, replace(speeds, costs=costs), shape, trace, layout)
-        return times.seconds[layout_name(layout)] - estimate.step_seconds, estimate
+    def estimate(layout: Layout, costs: StepCosts, reference: Reference = THIN) -> Estimate:
+        return estimate_reference(times, replace(speeds, costs=costs), layout, reference)
 
     replicated, *others = reference_layouts(times.world_size)
-    found = StepCosts(fetch=0.0, tokens={1: 0.0}, weights={1: 0.0})
-    missed, estimate = more(replicated, found)
-    reductions = sum(phase.calls for name, phase in estimate.phases.items() if name.startswith("reduce"))
-    # What the engine adds is mostly waiting in reductions where there are any, else its work on tensors.
-    name, number = ("reduction", reductions) if reductions else ("tensor", shape.tensors)
-    found = replace(found, **{name: max(missed, 0.0) / number})
-    # The others are compared with it, so that what the model has too much there is not taken off again.
-    too_much, measured = min(missed, 0.0), {"tokens": {}, "weights": {}}
+    found = StepCosts(fetch=0.0, tokens={1: 0.0}, weights={1: 0.0}, value=0.0)
+    planned, values = estimate(replicated, found, WIDE), WIDE.shape(experts).trainable
+    gathering = sum(phase.seconds for name, phase in planned.phases.items() if name.startswith("update"))
+    value = max(times.seconds["wide update"] - gathering, 0.0) * times.world_size / values
+    # What the engine adds to a tiny model's step is mostly waiting in reductions where there are any, else its work on
+    # tensors. What it adds to a large adapter's besides is its work on the gradients' values.
+    planned = estimate(replicated, found, STARTING)
+    reductions = sum(phase.calls for name, phase in planned.phases.items() if name.startswith("reduce"))
+    name, number = ("reduction", reductions) if reductions else ("tensor", STARTING.shape(experts).tensors)
+    each = max(times.seconds["starting step"] - planned.step_seconds, 0.0) / number
+    found = replace(found, value=value, **{name: each})
+    more = times.seconds["wide step"] - estimate(replicated, found, WIDE).step_seconds
+    found = replace(found, gradient=max(more, 0.0) / values)
+    # The others are compared with replicated experts, in the same model.
+    missed = times.seconds[layout_name(replicated)] - estimate(replicated, found).step_seconds
+    measured = {"tokens": {}, "weights": {}}
     for layout in others:
-        seconds, estimate = more(layout, found)
-        seconds = max(seconds - too_much, 0.0)
+        planned = estimate(layout, found)
+        seconds = max(times.seconds[layout_name(layout)] - planned.step_seconds - missed, 0.0)
         if layout.zero_stage == 3:
-            measured["fetch"] = seconds / estimate.phases["fetch"].calls
+            measured["fetch"] = seconds / planned.phases["fetch"].calls
         else:
-            calls = sum(estimate.phases[name].calls for name in EXPERT_PHASES & set(estimate.phases))
+            calls = sum(planned.phases[name].calls for name in EXPERT_PHASES & set(planned.phases))
             measured[layout.dispatch][layout.ep_size] = seconds / calls
-    return StepCosts(found.tensor, found.reduction, **measured)
+    return replace(found, **{"fetch": None, **measured})
 
 
-def estimate_reference(
-    times: Times, speeds: Calibration, shape: ModelShape, trace: StepTrace, layout: Layout
-) -> Estimate:
+def estimate_reference(times: Times, speeds: Calibration, layout: Layout, reference: Reference = THIN) -> Estimate:
+    """A step of the reference model in this layout, on a machine of these speeds."""
+    shape, batch = reference.shape(experts_for(times.world_size)), reference.batch
     wire, remote = speeds.wire(layout.ep_size), None
     cluster = Cluster(speeds.device, 1, times.world_size, wire, wire, speeds.costs)
     if layout.dispatch == "tokens":
         # Rows as they were: the bytes sent over those of one row per token.
-        one = expert_phases(shape, layout, THIN.batch, 4, [(THIN.batch.tokens, 0.0)] * len(shape.groups))
+        one = expert_phases(shape, layout, batch, 4, [(batch.tokens, 0.0)] * len(shape.groups))
         remote = times.dispatched[layout.ep_size] / one["dispatch"].bytes
     routing = Routing(shape.config.num_experts, remote_ranks=remote)
-    return Job(shape, cluster, THIN.batch, Precision(), routing, {False: trace}).estimate(layout)
+    kind = kind_of(layout, speeds.device)
+    trace = reference.trace(shape.config.num_experts, kind)
+    return Job(shape, cluster, batch, Precision(), routing, {kind: trace}).estimate(layout)
 
 
 def _wire(times: Times, size: int) -> Wire:

@@ -1,8 +1,9 @@
 """One training step of the real code on fake tensors: its operations, and the memory that lives at once.
 
 Nothing is estimated from names or formulas: the wrapped model itself runs forward and backward with tensors that have
-shapes but no data (`torch._subclasses.FakeTensorMode`), and every operation is seen on its way. Deep models are traced
-with two and three layers and continued from there, since each layer adds the same.
+shapes but no data (`torch._subclasses.FakeTensorMode`), and every operation is seen on its way; a kernel in C is one.
+In a plan for a CPU the model does what it does on a CPU of this machine (`ldmole_ds.planner.step_kind`). Deep models
+are traced with two and three layers and continued from there, since each layer adds the same.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -24,13 +25,17 @@ from transformers import PreTrainedConfig
 
 from ldmole_ds.config import LDMoLEConfig
 from ldmole_ds.model import LDMoLEModel, get_ldmole_model
+from ldmole_ds.ops import cpu_kernels
 from ldmole_ds.planner.cluster import Device
 from ldmole_ds.planner.model_shape import build_base
+from ldmole_ds.planner.step_kind import StepKind
 
 _aten = torch.ops.aten
 _TRACED_LAYERS = (2, 3)
 # The counter of operations knows products by the functions that return them.
 _IN_PLACE = {_aten.addmm_: _aten.addmm}
+# Nothing is moved by these.
+_FREE = (_aten.detach.default, _aten.new_empty.default, _aten.empty_like.default)
 
 
 @dataclass
@@ -84,7 +89,7 @@ def op_seconds(device: Device, half: bool, flops: float, num_bytes: float) -> fl
     return max(flops / (device.half_flops if half else device.float_flops), num_bytes / device.bandwidth)
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Fills a `Trace`; answers questions that depend on data with no, and sizes of fake tensors with 0."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -106,11 +111,15 @@ class _Recorder(TorchDispatchMode):
         self.trace.calls += 1
         storages = {id(t.untyped_storage()) for t in inputs}
         writes = func._schema.is_mutable or any(id(t.untyped_storage()) not in storages for t in outputs)
-        if outputs and writes and func not in (_aten.detach.default, _aten.new_empty.default):
+        if outputs and writes and func not in _FREE:
             half = outputs[0].dtype in (torch.bfloat16, torch.float16)
-            moved = sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
-            self.trace.ops[half, _flops(func, args, kwargs or {}, out), moved] += 1
+            self.trace.ops[half, _flops(func, args, kwargs or {}, out), _bytes(*inputs, *outputs)] += 1
         return out
+
+    def see_kernel(self, tensors: list[Tensor]) -> None:
+        """One in C: as long as what it reads and writes takes to move."""
+        self.trace.calls += 1
+        self.trace.ops[False, 0, _bytes(*tensors)] += 1
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)
@@ -122,6 +131,10 @@ class _Recorder(TorchDispatchMode):
 
     def _drop(self, key: int) -> None:
         self._live -= self._sizes.pop(key)
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _has_no_answer(tensor: Tensor) -> bool:
@@ -143,13 +156,14 @@ def _attention_flops(query: Tensor, key: Tensor) -> int:
     return 4 * batch * heads * length * key.shape[2] * width
 
 
-def trace_model(model: LDMoLEModel, ids: Tensor) -> Trace:
-    """Forward and backward of one micro-step on token ``ids`` ``(rows, length)``, on fake tensors or real ones."""
+def trace_model(model: LDMoLEModel, ids: Tensor, accumulation: int = 1) -> Trace:
+    """Forward and backward of a micro-step on token ``ids`` ``(rows, length)``, on fake tensors or real ones."""
     # What reduces gradients takes them away; they are not part of the activations.
     handles = [p.register_post_accumulate_grad_hook(_forget) for p in model.parameters() if p.requires_grad]
-    recorder = _Recorder(model.train())
-    with recorder:
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss.backward()
+    recorder = Recorder(model.train())
+    with recorder, cpu_kernels.watched(recorder.see_kernel):
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
+        model(**batch, gradient_accumulation_steps=accumulation).loss.backward()
     for handle in handles:
         handle.remove()
     return recorder.trace
@@ -162,11 +176,11 @@ def _forget(param: nn.Parameter) -> None:
 def trace_step(
     hf_config: PreTrainedConfig,
     config: LDMoLEConfig,
+    kind: StepKind,
     *,
     micro: int,
     length: int,
     dtype: torch.dtype = torch.float32,
-    checkpointing: bool = False,
 ) -> StepTrace:
     """The step of a causal language model with this adapter and all experts on one rank; no memory is used.
 
@@ -174,9 +188,9 @@ def trace_step(
 
     Args:
         hf_config, config: Base model and adapter.
+        kind: Of the layout on the device (`kind_of`).
         micro, length: Rows and tokens per row of one micro-step.
         dtype: Of the base model.
-        checkpointing: Whether each layer is recomputed in backward.
     """
     counts = config.experts_per_layer
     if counts:
@@ -187,11 +201,9 @@ def trace_step(
 
     def trace(num_layers: int) -> Trace:
         shallow = _with_layers(hf_config, num_layers)
-        with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        with kind.fake_tensors(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = get_ldmole_model(build_base(shallow, dtype), config)
-            if checkpointing:
-                model.gradient_checkpointing_enable()
+            model = kind.prepare(get_ldmole_model(build_base(shallow, dtype), config))
             return trace_model(model, torch.zeros(micro, length, dtype=torch.long))
 
     depth = hf_config.num_hidden_layers

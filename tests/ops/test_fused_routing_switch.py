@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ldmole_ds.ops import cpu_kernels, routing_triton
 from ldmole_ds.ops import fused_routing as module
 from ldmole_ds.ops.fused_routing import uses_fused_routing
+from ldmole_ds.ops.planned import PlannedCpu
 
 pytest.importorskip("triton", reason="the routing kernel needs triton: pip install triton")
 
@@ -26,12 +27,17 @@ def test_who_uses_the_kernel(monkeypatch):
     assert uses_fused_routing(torch.zeros(1, 2, 3)) == (cpu_kernels.why_not() is None)
     with FakeTensorMode():
         assert not uses_fused_routing(torch.zeros(1, 2, 3))
+    with PlannedCpu(grouped_speed=1.0):
+        planned = torch.zeros(1, 2, 3)
+    assert uses_fused_routing(planned) == (cpu_kernels.why_not() is None)
     assert not uses_fused_routing(torch.zeros(1, 2, 3, device="meta"))
     monkeypatch.setenv(module.SWITCH, "off")
     assert not uses_fused_routing(logits)
     monkeypatch.setenv(module.SWITCH, "on")
     assert uses_fused_routing(logits)
     assert not uses_fused_routing(logits.double()), "the kernel is float32 inside"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert not uses_fused_routing(planned), "Triton's kernel needs numbers"
     monkeypatch.setenv(module.SWITCH, "yes")
     with pytest.raises(ValueError, match="LDMOLE_FUSED_ROUTING='yes' is not known: use auto, on or off"):
         uses_fused_routing(logits)

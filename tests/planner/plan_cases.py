@@ -1,5 +1,7 @@
 """A small job on invented hardware, for the planner's tests."""
 
+from collections import defaultdict
+
 from transformers import LlamaConfig
 
 from ldmole_ds.config import LDMoLEConfig
@@ -34,5 +36,5 @@ def job(of_shape: ModelShape | None = None, *, on: Cluster | None = None, batch:
         batch or Batch(2, 10),
         Precision(),
         Routing(**{"active_experts": 4, **routing}),
-        {False: trace, True: trace},
+        defaultdict(lambda: trace),
     )

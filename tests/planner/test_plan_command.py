@@ -94,7 +94,7 @@ def test_what_is_wrong_is_one_sentence(plan, model_file, flags, message, monkeyp
 
 def test_a_calibration_is_read_back_and_others_are_refused(tmp_path):
     path, device, wire = tmp_path / "here.json", Device("d", 1e9, 2e9, 3e9, 4e9, 5e-6, False), Wire(1e-5, 1e8)
-    costs = StepCosts(1e-4, 2e-4, 3e-4, {2: 1e-3, 4: 4e-3}, {2: 3e-3})
+    costs = StepCosts(1e-4, 2e-4, 3e-4, {2: 1e-3, 4: 4e-3}, {2: 3e-3}, 2e-8, 1e-8)
     write_calibration(path, device, wire, costs)
     assert read_calibration(path) == {"device": device, "inside": wire, "between": wire, "costs": costs}
     old = json.loads(path.read_text())

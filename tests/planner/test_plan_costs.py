@@ -11,7 +11,7 @@ from ldmole_ds.planner.reference import STARTING
 from tests.distributed_utils import run_distributed
 from tests.planner.plan_cases import DEVICE, cluster, job, shape
 
-FREE = StepCosts(fetch=0.0, tokens={2: 0.0}, weights={2: 0.0})
+FREE = StepCosts(fetch=0.0, tokens={2: 0.0}, weights={2: 0.0}, value=0.0)
 
 
 def step_seconds(costs: StepCosts, layout: Layout) -> float:
@@ -29,6 +29,13 @@ def step_seconds(costs: StepCosts, layout: Layout) -> float:
         (replace(FREE, weights={2: 1.0}), Layout(2, 2, "tokens"), 0.0),
         # Two dense tensors and three of experts; with the two of the base seven are fetched, forward and backward.
         (replace(FREE, tensor=1.0), Layout(), 5.0),
+        # 180 dense values and 240 of experts: all of them, or a share for each of four ranks.
+        (replace(FREE, value=1.0), Layout(1, 0), 420.0),
+        (replace(FREE, value=1.0), Layout(), 105.0),
+        (replace(FREE, value=1.0), Layout(2, 2, "tokens"), 105.0),
+        # A rank has gradients of all that it holds.
+        (replace(FREE, gradient=1.0), Layout(), 420.0),
+        (replace(FREE, gradient=1.0), Layout(2, 2, "tokens"), 300.0),
         # 660 values in buckets of 50 x 50: one, all-reduced in two rings; on two ranks dense ones and experts apart.
         (replace(FREE, reduction=1.0), Layout(), 2.0),
         (replace(FREE, reduction=1.0), Layout(2, 2, "tokens"), 4.0),
@@ -48,6 +55,7 @@ def test_without_a_measurement_the_host_starts_some_operations():
     assert StepCosts().fetching(slow.op_seconds) == pytest.approx(5e-3)
     phases = job(on=cluster(device=slow)).estimate(layout).phases
     assert sum(phase.seconds for phase in phases.values()) > 5 * 10e-3
+    assert StepCosts().updating(bandwidth=1e9) == pytest.approx(30 * 4e-9)
 
 
 def test_zero3_gathers_each_large_parameter_and_keeps_small_ones_whole():
