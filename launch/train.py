@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from launch.imports import collector_paused
 from launch.orphans import watch_launchers
 
 if __name__ == "__main__":
@@ -22,7 +23,8 @@ if __name__ == "__main__":
 if any(os.environ.get(name, "0") != "0" for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")):
     os.environ.setdefault("TQDM_DISABLE", "1")
 
-from ldmole_ds.training.runtime import run_main
+with collector_paused():
+    from ldmole_ds.training.runtime import run_main
 
 # The embedded run: a few minutes on two CPU cores. Any flag overrides any of these.
 DEMO_DEFAULTS = {

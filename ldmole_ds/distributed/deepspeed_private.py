@@ -7,6 +7,8 @@ DeepSpeed is imported inside the functions: the runtime (loading an adapter, gen
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -71,6 +73,37 @@ def check_placement() -> None:
 def skip_shared_memory_op() -> None:
     """Keep DeepSpeed from compiling its shared-memory op for CPU, which training does not use. Before communication."""
     private("deepspeed.ops", "__compatible_ops__")["deepspeed_shm_comm"] = False
+
+
+def defer_muon_compile() -> None:
+    """Let DeepSpeed compile its Muon kernels when they first run, not whenever an engine starts.
+
+    An engine imports Muon to compare types of optimizers. That import decorates kernels with ``torch.compile``, which
+    loads a compiler: two seconds of every start. Nothing to do where DeepSpeed has no such module.
+    """
+    try:
+        compiler = import_module("deepspeed.runtime.compiler")
+        compile_now = compiler.compile
+    except (ImportError, AttributeError):
+        return
+
+    def deferred(kernel: Callable) -> Callable:
+        compiled = functools.cache(lambda: compile_now()(kernel))
+
+        @functools.wraps(kernel)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            # Within a compiled kernel it is part of that one.
+            return (kernel if torch.compiler.is_compiling() else compiled())(*args, **kwargs)
+
+        return run
+
+    compiler.compile = lambda: deferred
+    try:
+        import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    except ImportError:
+        pass
+    finally:
+        compiler.compile = compile_now
 
 
 def parameters_in_flight(model: nn.Module) -> dict[nn.Parameter, Any]:

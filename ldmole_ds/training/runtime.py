@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ldmole_ds.distributed import PeerError
-from ldmole_ds.distributed.deepspeed_private import skip_shared_memory_op
+from ldmole_ds.distributed.deepspeed_private import defer_muon_compile, skip_shared_memory_op
 from ldmole_ds.training.lost_peers import lost_peer
 from ldmole_ds.training.network import choose_interface
 from ldmole_ds.training.ranks import Ranks, discover_ranks, single_process
@@ -68,7 +68,7 @@ def start(*, use_deepspeed: bool, timeout_s: int = 1800, network_interface: str 
     """Bring up communication through the accelerator that DeepSpeed found, and the accelerate state.
 
     DeepSpeed's shared-memory op for CPU is switched off first: training does not use it, and building it would need a
-    compiler and ninja.
+    compiler and ninja. Its Muon kernels are compiled when they run.
 
     Args:
         use_deepspeed: Whether a DeepSpeed config was given; without one a single process or plain DDP runs.
@@ -89,6 +89,8 @@ def start(*, use_deepspeed: bool, timeout_s: int = 1800, network_interface: str 
     from deepspeed.accelerator import get_accelerator
 
     skip_shared_memory_op()
+    if use_deepspeed:
+        defer_muon_compile()
     accelerator = get_accelerator()
     name, backend = accelerator.device_name(), accelerator.communication_backend_name()
     world_size = ranks.world_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -148,6 +149,37 @@ def test_a_missing_deepspeed_is_the_same_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed.utils.groups", None)
     with pytest.raises(RuntimeError, match="pip install 'deepspeed"):
         deepspeed_private.create_expert_groups(1)
+
+
+MUON = """
+import sys, deepspeed, torch
+from ldmole_ds.distributed.deepspeed_private import defer_muon_compile
+asked = []
+def compile(kernel):
+    asked.append(kernel.__name__)
+    return kernel
+torch.compile = compile
+kept = deepspeed.runtime.compiler.compile
+defer_muon_compile()
+assert deepspeed.runtime.compiler.compile is kept
+muon = sys.modules["deepspeed.runtime.zero.muon.original_muon"]
+assert not asked and "torch._inductor.compile_fx" not in sys.modules
+for _ in range(2):
+    assert muon.zeropower_via_newtonschulz5(torch.eye(2), 1).shape == (2, 2)
+assert asked == ["zeropower_via_newtonschulz5"], asked
+"""
+
+
+def test_muon_kernels_are_compiled_when_they_run_first_and_once():
+    done = subprocess.run([sys.executable, "-c", MUON], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_deepspeed_without_muon_starts_as_well(monkeypatch):
+    for name in ("deepspeed.runtime.compiler", "deepspeed.runtime.zero.muon.muon_optimizer"):
+        with monkeypatch.context() as missing:
+            missing.setitem(sys.modules, name, None)
+            deepspeed_private.defer_muon_compile()
 
 
 @pytest.mark.parametrize("name", ["_world", "_set_pg_timeout"])
