@@ -16,6 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from ldmole_ds.tasks.item import Question
 from ldmole_ds.tasks.rows import DataError
 
+# Prompts that the tokenizer gets at once.
+_TOGETHER = 1000
+
 
 @dataclass(frozen=True)
 class EncodedQuestion:
@@ -48,8 +51,32 @@ def encode_question(tokenizer: PreTrainedTokenizerBase, question: Question, max_
         DataError: Two candidates have the same tokens, or one has none.
         ValueError: `max_length` holds no prompt beside the longest candidate.
     """
-    candidate_ids = _candidate_ids(tokenizer, question)
-    special_ids, text_ids = _prompt_ids(tokenizer, question.prompt)
+    return encode_questions(tokenizer, [question], max_length)[0]
+
+
+def encode_questions(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], max_length: int
+) -> list[EncodedQuestion]:
+    """The same for many: their prompts go through the tokenizer together, candidates that all share only once."""
+    encoded, known = [], {}
+    for start in range(0, len(questions), _TOGETHER):
+        block = questions[start : start + _TOGETHER]
+        prompts = _prompt_ids(tokenizer, [question.prompt for question in block])
+        for question, (special_ids, text_ids) in zip(block, prompts, strict=True):
+            key = (_anchor(question.prompt), tuple(question.candidates), question.lengths is None)
+            if key not in known:
+                known[key] = _candidate_ids(tokenizer, question)
+            encoded.append(_within(max_length, special_ids, text_ids, known[key], question))
+    return encoded
+
+
+def _within(
+    max_length: int,
+    special_ids: list[int],
+    text_ids: list[int],
+    candidate_ids: tuple[tuple[int, ...], ...],
+    question: Question,
+) -> EncodedQuestion:
     longest = max(len(ids) for ids in candidate_ids)
     room = max_length - longest - len(special_ids)
     if room < 1:
@@ -93,7 +120,7 @@ class ChoiceDataset(Dataset):
         cls, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> ChoiceDataset:
         """Encodes every question; see `encode_question`."""
-        return cls([encode_question(tokenizer, question, max_length) for question in questions])
+        return cls(encode_questions(tokenizer, questions, max_length))
 
     @property
     def chance(self) -> float:
@@ -107,13 +134,19 @@ class ChoiceDataset(Dataset):
         return self.questions[index]
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before a prompt, and the prompt's own tokens.
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[tuple[list[int], list[int]]]:
+    """For each prompt the special tokens that the tokenizer puts before it, and its own tokens.
 
     What the tokenizer puts after the prompt (an EOS) is dropped: the answer comes there.
     """
-    plain = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-    full = tokenizer(prompt, verbose=False)["input_ids"]
+    plain = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
+    full = tokenizer(prompts, verbose=False)["input_ids"]
+    return [_without_special(tokenizer, *ids) for ids in zip(plain, full, strict=True)]
+
+
+def _without_special(
+    tokenizer: PreTrainedTokenizerBase, plain: list[int], full: list[int]
+) -> tuple[list[int], list[int]]:
     for start in range(len(full) - len(plain) + 1):
         if full[start : start + len(plain)] == plain:
             return full[:start], plain
@@ -121,6 +154,11 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[i
         f"{type(tokenizer).__name__} encodes the text itself differently when it adds special tokens, so that a "
         "prompt's tokens cannot be told from them; use a tokenizer without this behaviour"
     )
+
+
+def _anchor(prompt: str) -> str:
+    """The last line stands for the whole prompt, which would take long to encode once for every candidate."""
+    return prompt.rsplit("\n", 1)[-1]
 
 
 def _candidate_ids(tokenizer: PreTrainedTokenizerBase, question: Question) -> tuple[tuple[int, ...], ...]:
@@ -145,8 +183,7 @@ def _candidate_ids(tokenizer: PreTrainedTokenizerBase, question: Question) -> tu
 def _continuations(
     tokenizer: PreTrainedTokenizerBase, prompt: str, candidates: Sequence[str]
 ) -> tuple[tuple[int, ...], ...]:
-    # The last line stands for the whole prompt, which would take long to encode once for every candidate.
-    anchor = prompt.rsplit("\n", 1)[-1]
+    anchor = _anchor(prompt)
     joined = [anchor, *(anchor + text for text in candidates)]
     anchor_ids, *joined_ids = tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
     if any(ids[: len(anchor_ids)] != anchor_ids for ids in joined_ids):

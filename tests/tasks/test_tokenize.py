@@ -1,5 +1,7 @@
 """Tokens of prompts and answers, in three families of tokenizers, and what is cut when there is too much of them."""
 
+from dataclasses import replace
+
 import pytest
 
 from ldmole_ds.tasks import ChoiceDataset, DataError, EncodedQuestion, Question, encode_question
@@ -95,3 +97,14 @@ def test_dataset(gpt2_tokenizer):
     assert encoded[0] == encode_question(gpt2_tokenizer, QUESTION, 100)
     with pytest.raises(DataError, match="no questions .* expected at least one"):
         ChoiceDataset([])
+
+
+def test_many_questions_are_encoded_as_each_is(gpt2_tokenizer, llama_tokenizer, eos_tokenizer, monkeypatch):
+    monkeypatch.setattr("ldmole_ds.tasks.tokenize._TOGETHER", 3)
+    shared, own = (" home", " travel", " travel alert"), (" bank", " home")
+    questions = [Question(f"Query: {'book ' * n}a room\nTopic:", shared if n % 2 else own, n % 2) for n in range(7)]
+    questions += [replace(questions[1], prompt="Topic"), replace(questions[1], lengths=(4, 6, 12)), questions[1]]
+    for tokenizer in (gpt2_tokenizer, llama_tokenizer, eos_tokenizer):
+        together = ChoiceDataset.from_questions(questions, tokenizer, 24).questions
+        assert together == [encode_question(tokenizer, question, 24) for question in questions]
+        assert any(q.num_cut_tokens for q in together)
