@@ -5,6 +5,7 @@ The model owns one `ContextHolder`; every input group holds the same one. There 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -81,21 +82,31 @@ class ForwardContext:
 class ContextHolder:
     """The slot through which groups find the running forward pass; ``current`` is None between passes.
 
-    While ``enabled`` is False the adapted layers are their frozen layers alone.
+    While ``enabled`` is False the adapted layers are their frozen layers alone. ``lock`` is held for a pass: groups
+    keep what their members share, so one thread at a time runs the model, recomputation in backward included.
     """
 
     def __init__(self) -> None:
         self.current: ForwardContext | None = None
         self.enabled = True
+        self.lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, bool]:
+        return {"enabled": self.enabled}  # a lock can be neither copied nor pickled
+
+    def __setstate__(self, state: dict[str, bool]) -> None:
+        self.__init__()
+        self.enabled = state["enabled"]
 
     @contextmanager
     def use(self, context: ForwardContext) -> Iterator[ForwardContext]:
         """Make ``context`` the current one for the duration."""
-        previous, self.current = self.current, context
-        try:
-            yield context
-        finally:
-            self.current = previous
+        with self.lock:
+            previous, self.current = self.current, context
+            try:
+                yield context
+            finally:
+                self.current = previous
 
     def checkpoint_contexts(self):
         """``context_fn`` for non-reentrant checkpointing: recomputation sees the mask of its own forward pass.

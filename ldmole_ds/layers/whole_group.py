@@ -36,8 +36,11 @@ def runs_whole(group: InputGroup, x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling():
         return False
-    weights, types = (group.lora_A, group.lambda_mlp.weight_in), (nn.Parameter, FakeTensor)
-    if any(type(w) not in types or w.dtype != torch.float32 or is_zero3_parameter(w) for w in weights):
+    mlp, types = group.lambda_mlp, (nn.Parameter, FakeTensor)
+    if any(type(w) not in types or is_zero3_parameter(w) for w in (group.lora_A, mlp.weight_in)):
+        return False
+    weights = (group.lora_A, group.gate, mlp.weight_in, mlp.bias_in, mlp.weight_out, mlp.bias_out)
+    if any(w.dtype != torch.float32 for w in weights):
         return False
     if not all(is_plain(layer.base_layer, x) for layer in group.layers):
         return False

@@ -100,15 +100,16 @@ class AdaptedForward(nn.Module):
         Raises:
             FloatingPointError: Non-finite routing, on every rank, naming the layer.
         """
-        if not self._holder.enabled:
-            return self.base_model(*args, **kwargs)
-        bound, context = self._begin(args, kwargs, gradient_accumulation_steps, padding_mask)
-        try:
-            with self._holder.use(context):
-                outputs = self.base_model(*args, **kwargs)
-        finally:
-            self._clear_pending()
-        return self._finish(outputs, context, bound, num_routed_tokens, gradient_accumulation_steps)
+        with self._holder.lock:
+            if not self._holder.enabled:
+                return self.base_model(*args, **kwargs)
+            bound, context = self._begin(args, kwargs, gradient_accumulation_steps, padding_mask)
+            try:
+                with self._holder.use(context):
+                    outputs = self.base_model(*args, **kwargs)
+            finally:
+                self._clear_pending()
+            return self._finish(outputs, context, bound, num_routed_tokens, gradient_accumulation_steps)
 
     @torch.compiler.disable
     def _begin(

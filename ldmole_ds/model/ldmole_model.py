@@ -26,7 +26,7 @@ class LDMoLEModel(AdaptedForward):
 
     It forwards signature, ``config``, ``generate`` and every other attribute to the base model. ``out.loss`` includes
     the weighted auxiliary losses while training; in eval mode it is the base model's loss alone and no collective for
-    statistics runs.
+    statistics runs. Threads that call one model at once run it one after another.
 
     Attributes:
         base_model: The Hugging Face model, its linear layers replaced in place.
@@ -95,7 +95,8 @@ class LDMoLEModel(AdaptedForward):
         """
         if synced_gpus is None and self.needs_all_ranks:
             synced_gpus = True
-        return self.base_model.generate(*args, synced_gpus=synced_gpus, **kwargs)
+        with self._holder.lock:
+            return self.base_model.generate(*args, synced_gpus=synced_gpus, **kwargs)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

@@ -1,8 +1,9 @@
 """C sources of this package, compiled where they run: once per source, compiler and processor, then from a cache.
 
 ``~/.cache/ldmole_ds`` (or under ``$XDG_CACHE_HOME``) holds what was built. Processors differ between machines that
-share a home directory, so theirs is part of a file's name. Ranks that build at the same time do so each in a file of
-its own and rename it when it is whole.
+share a home directory, so theirs is part of a file's name; and so is a digest of its content, because loading a file
+that was cut short, as by a full disk, ends the process. Ranks that build at the same time do so each in a file of its
+own and rename it when it is whole.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-FLAGS = ("-O3", "-shared", "-fPIC", "-fno-math-errno")
+# The standard, for compilers that are older, and arithmetic as it is written, for those that are free with it.
+FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC", "-fno-fast-math", "-fno-math-errno")
 COMPILE_TIMEOUT_S = 60
 
 
@@ -42,7 +44,7 @@ def load(sources: tuple[Path, ...]) -> ctypes.CDLL:
     """
     command = compiler()
     parts = (*(source.read_text() for source in sources), " ".join(command or ()), " ".join(FLAGS), _processor())
-    name = f"{sources[0].stem}-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
+    name = f"{sources[0].stem}-{_digest('|'.join(parts).encode())}"
     for folder in dict.fromkeys((_cache(), None)):
         try:
             return _load_or_build(sources, command, name, folder)
@@ -52,22 +54,27 @@ def load(sources: tuple[Path, ...]) -> ctypes.CDLL:
 
 
 def _load_or_build(sources: tuple[Path, ...], command: list[str] | None, name: str, folder: Path | None) -> ctypes.CDLL:
-    if folder is not None and (folder / name).exists():
+    for built in sorted(folder.glob(f"{name}-*.so")) if folder is not None else ():
         try:
-            return ctypes.CDLL(str(folder / name))
-        except OSError:  # cut short, or of another system: built again
+            if built.stem == f"{name}-{_digest(built.read_bytes())}":
+                return ctypes.CDLL(str(built))
+        except OSError:  # of another system: built again
             pass
     if command is None:
         raise NoCompilerError("there is no C compiler (cc, gcc, clang, or $CC)")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as build:
-        built = Path(build) / name
+        built = Path(build) / "library.so"
         _compile(command, sources, built)
         library = ctypes.CDLL(str(built))
         if folder is not None:
-            os.replace(built, folder / name)
+            os.replace(built, folder / f"{name}-{_digest(built.read_bytes())}.so")
         return library
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _compile(command: list[str], sources: tuple[Path, ...], target: Path) -> None:
@@ -78,6 +85,8 @@ def _compile(command: list[str], sources: tuple[Path, ...], target: Path) -> Non
                 [*command, *FLAGS, *native, "-o", str(target), *compiled, "-lm"],
                 capture_output=True,
                 text=True,
+                errors="replace",
+                env={**os.environ, "LC_ALL": "C"},
                 timeout=COMPILE_TIMEOUT_S,
             )
         except (OSError, subprocess.TimeoutExpired) as error:

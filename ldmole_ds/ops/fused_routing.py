@@ -50,7 +50,7 @@ def uses_fused_routing(logits: Tensor) -> bool:
     Raises:
         ValueError: The environment variable has no known value, or asks for what cannot run.
     """
-    if torch.compiler.is_compiling() or logits.dtype == torch.float64:
+    if torch.compiler.is_compiling() or logits.dtype == torch.float64 or _is_traced():
         return False
     if isinstance(logits, FakeTensor) and (planned_cpu(logits) is None or backend_of(logits) is not routing_cpu):
         return False
@@ -65,6 +65,11 @@ def uses_fused_routing(logits: Tensor) -> bool:
     if missing is not None:
         _tell(missing, logits.is_cuda)
     return missing is None
+
+
+def _is_traced() -> bool:
+    """Whether operations are being written down (``make_fx``), which misses what the kernel in C does."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def backend_of(logits: Tensor) -> ModuleType:

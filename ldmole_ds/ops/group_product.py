@@ -147,7 +147,8 @@ def group_product(
         spec: Of the routing; without a plan.
     """
     mask = None if mask_T is None else mask_T.contiguous().view(torch.uint8)
-    routing = (weights.lora_A, weights.gate, *weights.lambda_mlp)
+    weight_in, *small = weights.lambda_mlp
+    routing = (weights.lora_A, weights.gate, weight_in, *(w.contiguous() for w in small))
     found = _GroupProduct.apply(
         x_in, x_TD, mask, spec, weights.scaling, weights.biases, *routing, *weights.frozen, *weights.lora_B
     )

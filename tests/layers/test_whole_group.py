@@ -62,6 +62,10 @@ def test_who_runs_whole(monkeypatch):
     assert not runs_whole(local_group(router=build_router("softmax"), **mlp), x)
     assert not runs_whole(local_group(dtype=torch.bfloat16), x)
     assert not runs_whole(local_group(), x.bfloat16())
+    for name in ("gate", "lambda_mlp.weight_in", "lambda_mlp.bias_in", "lambda_mlp.weight_out", "lambda_mlp.bias_out"):
+        mixed = local_group()
+        mixed.get_parameter(name).data = mixed.get_parameter(name).double()
+        assert not runs_whole(mixed, x), f"{name} is read as float32"
     hooked = local_group()
     hooked.layers[1].base_layer.register_forward_hook(lambda *args: None)
     assert not runs_whole(hooked, x), "the hook waits for the layer's call"

@@ -1,6 +1,8 @@
 """The wrapped model behaves like the model it wraps, plus auxiliary losses where there are labels."""
 
 import inspect
+import pickle
+import threading
 
 import pytest
 import torch
@@ -213,3 +215,28 @@ def test_routing_summary_counts_real_tokens():
     assert summary["model.layers.0.self_attn.q_proj"]["load"][3] == 0
     model.reset_routing_summary()
     assert model.routing_summary() == {}
+
+
+def test_threads_that_share_a_model():
+    model = tiny_model().eval()
+    batches = [ragged_batch(seed=seed) for seed in range(4)]
+    with torch.no_grad():
+        expected = [model(**batch).logits for batch in batches]
+    differences = []
+
+    def run(batch, logits):
+        with torch.no_grad():
+            differences.extend((model(**batch).logits - logits).abs().max().item() for _ in range(10))
+        model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=3)
+
+    threads = [threading.Thread(target=run, args=each) for each in zip(batches, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(differences) == 40 and max(differences) < 1e-5
+
+
+def test_a_model_can_be_pickled():
+    model, batch = tiny_model().eval(), ragged_batch()
+    assert torch.equal(pickle.loads(pickle.dumps(model))(**batch).logits, model(**batch).logits)

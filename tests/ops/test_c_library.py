@@ -1,5 +1,6 @@
 """C sources that are compiled where they run."""
 
+import ctypes
 import subprocess
 import sys
 
@@ -37,15 +38,27 @@ def test_it_is_built_once_and_again_when_the_source_changes(cache, tmp_path, mon
     assert len(list(cache.iterdir())) == 2 and built.exists(), "nothing else is left"
 
 
-def test_a_broken_file_is_built_again(cache, tmp_path):
+@pytest.mark.parametrize("kept", [0, 9, 0.5])
+def test_a_file_that_was_cut_short_is_built_again(cache, tmp_path, kept):
+    """The loader of programs would end this process on one that is half there."""
     path = source(tmp_path, SOURCE % 7)
     assert c_library.load(path).answer() == 7
     (built,) = cache.iterdir()
-    broken = cache / "broken"
-    broken.write_bytes(b"cut short")
+    content, broken = built.read_bytes(), cache / "broken"
+    broken.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
     broken.replace(built)
     c_library.load.cache_clear()
     assert c_library.load(path).answer() == 7
+    assert [file.read_bytes() for file in cache.iterdir()] == [content]
+
+
+@pytest.mark.parametrize("options", ["-std=c89 -pedantic-errors", "-ffast-math"])
+def test_what_a_compiler_is_told_otherwise_does_not_count(cache, tmp_path, monkeypatch, options):
+    text = "float back(float x) { for (int i = 0; i < 1; i++) x = (x + 12582912.0f) - 12582912.0f; return x; }"
+    monkeypatch.setenv("CC", f"{' '.join(c_library.compiler())} {options}")
+    back = c_library.load(source(tmp_path, text)).back
+    back.argtypes, back.restype = [ctypes.c_float], ctypes.c_float
+    assert back(2.7) == 3.0
 
 
 def test_a_cache_that_cannot_be_written_to(cache, tmp_path):

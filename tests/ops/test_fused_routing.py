@@ -127,6 +127,27 @@ def test_edge_values(data, num_experts, offset):
     assert not (tied & (probs.unsqueeze(1) != probs.unsqueeze(2))).any(), "equal logits must get equal weights"
 
 
+@pytest.mark.parametrize("size", [1e30, 1e37, 3e38])
+def test_logits_whose_sums_overflow(size, backend):
+    if backend == "triton":
+        pytest.skip("its sums overflow")
+    logits = size * torch.tensor([[[1.0, -1, 0.5], [-1, -1, -1], [-1, 1, -1]]])
+    lambda_logit = torch.zeros(3, requires_grad=True)
+    routing = fused_routing(logits.requires_grad_(), lambda_logit, None, RoutingSpec(torch.float32, 2))
+    assert routing.probs_GET.tolist() == [[[1, 0, 1], [0, 0, 0], [0, 1, 0]]]
+    grads = torch.autograd.grad(routing.probs_GET.square().sum(), (logits, lambda_logit))
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_a_target_beyond_all_experts_is_no_loss():
+    logits, lambda_logit, _ = random_case(1, 4, 6)
+    few, many = (
+        fused_routing(logits.to(DEVICE), lambda_logit.to(DEVICE), None, RoutingSpec(torch.float32, target))
+        for target in (4, 10**9)
+    )
+    assert torch.equal(few.sums, many.sums) and torch.equal(few.probs_GET, many.probs_GET)
+
+
 def test_a_broken_token_is_flagged_and_leaves_the_others_alone():
     logits, lambda_logit, _ = random_case(2, 3, 12)
     for token, bad in ((1, NAN), (2, INF), (3, -INF)):

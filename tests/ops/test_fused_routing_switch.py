@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ldmole_ds.ops import cpu_kernels, routing_triton
 from ldmole_ds.ops import fused_routing as module
@@ -41,6 +42,18 @@ def test_who_uses_the_kernel(monkeypatch):
     monkeypatch.setenv(module.SWITCH, "yes")
     with pytest.raises(ValueError, match="LDMOLE_FUSED_ROUTING='yes' is not known: use auto, on or off"):
         uses_fused_routing(logits)
+
+
+def test_what_is_traced_runs_in_plain_operations(monkeypatch):
+    """``make_fx`` writes down operations: it would see none that fills the kernel's results."""
+    monkeypatch.delenv(module.SWITCH, raising=False)
+
+    def route(logits):
+        assert not uses_fused_routing(logits)
+        return logits * 2
+
+    traced, logits = make_fx(route)(torch.zeros(1, 2, 3)), torch.ones(1, 2, 3)
+    assert torch.equal(traced(logits), logits * 2)
 
 
 def test_it_is_never_silently_replaced(monkeypatch):

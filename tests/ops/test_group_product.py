@@ -101,6 +101,16 @@ def test_experts_that_read_another_x():
     assert_equals_reference(x, weights, mask, RoutingSpec(torch.float32, 2), dropped=dropped)
 
 
+def test_weights_with_gaps_in_memory():
+    x, weights, mask = case(9)
+    spec = RoutingSpec(torch.float32, 2)
+    gaps = [torch.stack([w, w + 7], -1)[..., 0] for w in weights.lambda_mlp]
+    assert not gaps[1].is_contiguous()
+    found = group_product(x, x, mask, replace(weights, lambda_mlp=tuple(gaps)), spec)
+    expected = group_product(x, x, mask, weights, spec)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("used", [(1,), (0,), ()], ids=str)
 def test_outputs_that_nobody_uses(used):
     assert_equals_reference(*case(20), RoutingSpec(torch.float32, 2), used=used)

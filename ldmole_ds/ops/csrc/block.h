@@ -15,6 +15,7 @@
 #include "routing.h"
 
 #define BLOCK 32
+#define LOWEST_Z -1e30f  /* so that no sum of them overflows */
 #define LAMBDA_EPS 0.01f /* lambda = logsigmoid(.) + 1 - eps, as LAMBDA_TOP in routing_spec.py */
 #define EACH_TOKEN for (int t = 0; t < BLOCK; t++)
 
@@ -92,7 +93,7 @@ static void load_member(Member *m, const Tokens *b, const Routing *r, int64_t me
     EACH_TOKEN slack[t] = m->good[t] > 0 ? b->slack[t] : 1.0f;
     for (int64_t e = 0; e < experts; e++) {
         float *z = m->z[e];
-        EACH_TOKEN z[t] = m->good[t] > 0 ? z[t] - m->largest[t] : 0.0f;
+        EACH_TOKEN z[t] = m->good[t] > 0 ? largest_of(z[t] - m->largest[t], LOWEST_Z) : 0.0f;
     }
 
     /* Michelot's iteration. tau never falls, so the support only shrinks, and this ends after at most E rounds. */

@@ -57,10 +57,10 @@ static void route_member(const Routing *r, const Tokens *b, Member *m, int64_t m
 }
 
 int route(const Routing *r, int64_t from, int64_t to, float *probs, float *lambdas, double *totals, const Plan *plan) {
-    Row *memory = scratch(r->experts + r->target + 2 + plan->ep_size + 1);
+    Row *memory = scratch(r->experts + top_rows(r) + plan->ep_size + 1);
     if (!memory) return 1;
     Member m = {.z = memory};
-    Row *top = memory + r->experts, *visits = top + r->target + 2;
+    Row *top = memory + r->experts, *visits = top + top_rows(r);
     for (int64_t at = from; at < to; at += BLOCK) {
         Tokens b;
         load_tokens(&b, r, at, to);
@@ -132,7 +132,7 @@ static void route_member_backward(const Routing *r, const Tokens *b, Member *m, 
 
 int route_backward(const Routing *r, int64_t from, int64_t to, const float *grad_probs, const float *grad_sums,
                    float *grad_logits, float *grad_lambda_logits) {
-    Row *memory = scratch(2 * r->experts + r->target + 2);
+    Row *memory = scratch(2 * r->experts + top_rows(r));
     if (!memory) return 1;
     Member m = {.z = memory};
     Row *grads = memory + r->experts, *top = grads + r->experts;

@@ -20,6 +20,9 @@ typedef struct {
     int64_t ep_size, own_rank;
 } Plan;
 
+/* Rows of scratch memory for the largest logits: none where the target is no limit, and so no loss. */
+static inline int64_t top_rows(const Routing *r) { return r->target < r->experts ? r->target + 1 : 0; }
+
 /* Columns of the sums over tokens, which a projection has. */
 static inline int64_t sum_columns(const Routing *r) { return 2 * r->experts + 3; }
 
