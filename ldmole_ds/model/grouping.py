@@ -28,7 +28,7 @@ def _meta_twin(model: nn.Module) -> nn.Module:
 
 
 def _watch(twin: nn.Module, targets: list[str]) -> list[tuple[str, Tensor]]:
-    """``(module name, input tensor)`` in call order; as far as the twin's forward gets."""
+    """``(module name, input tensor)`` in call order; as far as the twin's forward gets. Warns of those never called."""
     seen: list[tuple[str, Tensor]] = []
     handles = []
     for name in targets:
@@ -40,6 +40,18 @@ def _watch(twin: nn.Module, targets: list[str]) -> list[tuple[str, Tensor]]:
             twin(**inputs)
     except Exception as error:
         logger.info("the forward pass that looks for input groups stopped early (%s: %s)", type(error).__name__, error)
+    else:
+        called = {name for name, _ in seen}
+        missed = [name for name in targets if name not in called]
+        if missed:
+            logger.warning(
+                "%d of %d target modules are not called by %s on text, first %s: experts there train only if something "
+                "else calls them. Name the modules to adapt with --target_modules",
+                len(missed),
+                len(targets),
+                type(twin).__name__,
+                missed[0],
+            )
     finally:
         for handle in handles:
             handle.remove()

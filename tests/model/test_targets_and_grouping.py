@@ -83,6 +83,18 @@ def test_a_module_without_a_config_gets_groups_of_one(caplog):
     assert "every projection routes and dispatches on its own" in caplog.text
 
 
+def test_modules_that_are_never_called_are_named(caplog):
+    """Mamba reads the weight of dt_proj without calling it."""
+    config = hf.MambaConfig(vocab_size=16, hidden_size=8, state_size=4, num_hidden_layers=2)
+    get_ldmole_model(hf.MambaForCausalLM(config), tiny_config(target_modules="all-linear"))
+    assert "2 of 8 target modules are not called by MambaForCausalLM on text, first" in caplog.text
+    assert "mixer.dt_proj" in caplog.text and "--target_modules" in caplog.text
+    caplog.clear()
+    get_ldmole_model(hf.MambaForCausalLM(config), tiny_config(target_modules=["in_proj", "out_proj"]))
+    get_ldmole_model(build("llama"), tiny_config())
+    assert "not called" not in caplog.text
+
+
 def test_targets_by_list_and_by_regular_expression():
     model = build("llama")
     by_list = find_targets(model, ["q_proj", "mlp.up_proj", "model.layers.1.mlp.down_proj"])
