@@ -37,7 +37,8 @@ def _load_rows(logits, rows, in_experts, in_tokens, lambda_is_good):
     good = in_tokens & lambda_is_good & (tl.max(not_finite, axis=0) == 0)
     here = in_experts[:, None] & good[None, :]
     largest = tl.where(good, tl.max(tl.where(here, u, float("-inf")), axis=0), 0.0)
-    return tl.where(here, u - largest[None, :], float("-inf")), largest, good
+    below = tl.maximum(u - largest[None, :], -1e30)  # so that no sum of them overflows
+    return tl.where(here, below, float("-inf")), largest, good
 
 
 @triton.jit
