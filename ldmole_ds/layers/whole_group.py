@@ -32,8 +32,8 @@ def runs_whole(group: InputGroup, x: Tensor) -> bool:
     if x.device.type != "cpu" or x.dtype != torch.float32 or not group.router.uses_lambda:
         return False
     # Another way to run moves tokens, or is watched by somebody.
-    way, plain = group.dispatcher, LocalTokenDispatcher.run
-    if getattr(type(way), "run", None) is not plain or "run" in vars(way):
+    dispatcher = group.dispatcher
+    if getattr(type(dispatcher), "run", None) is not LocalTokenDispatcher.run or "run" in vars(dispatcher):
         return False
     if torch.compiler.is_compiling():
         return False
