@@ -1,7 +1,10 @@
 """LD-MoLE as the authors compute it: every expert's output of every token, ``(B, S, E, O)``, for each projection alone.
 
-Written from the paper's formulas, as a peer to measure against. It takes over the weights of one of our models, so that
-`benchmarks/step.py` can check that both compute the same loss and the same gradients.
+Written from the formulas and from what their released code does in which order, as a peer to measure against. It
+takes over the weights of one of our models, so that `benchmarks/step.py` can check that both compute the same loss and
+the same gradients. Each expert's A and B are parameters of their own, put together in every forward pass; the input is
+given to the experts one by one (a batched product over E views of it); inputs, logits and weights are searched for
+values that are not finite. `OneProductLinear` does without these three: the kindest reading of the formula.
 
 Shape legend: B batch, S sequence, D in_features, O out_features, E experts, r rank.
 """
@@ -28,36 +31,89 @@ def sorted_sparsegen(u: Tensor, lam: Tensor) -> Tensor:
 
 
 class AllExpertsLinear(nn.Module):
-    """``y = W x + alpha/r sum_i p_i B_i A_i x`` with the experts' outputs written out."""
+    """``y = W x + alpha/r sum_i p_i B_i A_i x`` with the experts' outputs written out.
 
-    def __init__(self, base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, gate: Tensor, mlp, scaling, dropout):
+    Args:
+        base_layer: The frozen projection.
+        lora_A: (E, r, D).
+        lora_B: (E, r, O).
+        gate: (E, D), the router.
+        mlp: The lambda MLP, shared by all layers of one width.
+        scaling: alpha / r.
+        dropout: Probability.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, gate: Tensor, mlp: nn.Module, scaling, dropout
+    ) -> None:
         super().__init__()
         self.base_layer, self.scaling, self.dropout = base_layer, scaling, dropout
-        self.lora_A, self.lora_B, self.gate = (nn.Parameter(t.detach().clone()) for t in (lora_A, lora_B, gate))
-        self.__dict__["mlp"] = mlp  # shared by all layers of one width
+        self.gate = nn.Parameter(gate.detach().clone())
+        self.__dict__["mlp"] = mlp  # a parameter of the model, not of every layer
         self.routing: tuple[Tensor, Tensor, Tensor] | None = None
+        self._take(lora_A.detach(), lora_B.detach())
+
+    def _take(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        self.experts_A = nn.ParameterList(a.clone() for a in lora_A)
+        self.experts_B = nn.ParameterList(b.T.clone() for b in lora_B)  # (O, r), as of a linear layer
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.base_layer(x)
         x = F.dropout(x, self.dropout, self.training)
+        outputs_BSEO = self._experts(x)
+        self._check(x)
         u = F.linear(x, self.gate).float()
+        self._check(u)
         lam = F.logsigmoid(self.mlp(x).float().squeeze(-1)) + 0.99
         p = sorted_sparsegen(u, lam)
+        self._check(p)
         self.routing = (u, p, lam)
-        hidden = torch.einsum("bsd,erd->bser", x, self.lora_A)
-        outputs_BSEO = torch.einsum("bser,ero->bseo", hidden, self.lora_B)
         return result + self.scaling * torch.einsum("bse,bseo->bso", p.to(x.dtype), outputs_BSEO)
+
+    def _experts(self, x: Tensor) -> Tensor:
+        """``(B, S, D) -> (B, S, E, O)``."""
+        A_ErD, B_EOr = torch.stack(list(self.experts_A)), torch.stack(list(self.experts_B))
+        x_BSED = x.unsqueeze(2).expand(-1, -1, len(A_ErD), -1)
+        hidden = torch.einsum("bsed,erd->bser", x_BSED, A_ErD)
+        return torch.einsum("bser,eor->bseo", hidden, B_EOr)
+
+    @staticmethod
+    def _check(x: Tensor) -> None:
+        if x.isnan().any() or x.isinf().any():
+            raise FloatingPointError("the peer met a value that is not finite: its timings would mean nothing")
+
+    def expert_grads(self) -> tuple[Tensor, Tensor]:
+        """Gradients of A and B: (E, r, D), (E, r, O)."""
+        return torch.stack([a.grad for a in self.experts_A]), torch.stack([b.grad.T for b in self.experts_B])
+
+
+class OneProductLinear(AllExpertsLinear):
+    """The same with the experts' parameters stacked for good, one product by all A, and no search of the values."""
+
+    def _take(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        self.lora_A, self.lora_B = nn.Parameter(lora_A.clone()), nn.Parameter(lora_B.clone())
+
+    def _experts(self, x: Tensor) -> Tensor:
+        hidden = torch.einsum("bsd,erd->bser", x, self.lora_A)
+        return torch.einsum("bser,ero->bseo", hidden, self.lora_B)
+
+    @staticmethod
+    def _check(x: Tensor) -> None:
+        pass
+
+    def expert_grads(self) -> tuple[Tensor, Tensor]:
+        return self.lora_A.grad, self.lora_B.grad
 
 
 class AuthorsModel(nn.Module):
-    """The base model with `AllExpertsLinear` in the place of our layers; the loss includes the balance loss.
+    """The base model with such layers in the place of ours; the loss includes the auxiliary losses.
 
     Args:
         model: Ours, whose base model is taken over (``model`` is of no use afterwards).
-        target_num_experts: k of the sparsity loss.
+        layer_class: `AllExpertsLinear` or `OneProductLinear`.
     """
 
-    def __init__(self, model: LDMoLEModel) -> None:
+    def __init__(self, model: LDMoLEModel, layer_class: type[AllExpertsLinear] = AllExpertsLinear) -> None:
         super().__init__()
         self.config, self.base_model = model.adapter_config, model.base_model
         self.mlps = nn.ModuleDict({width: self._mlp(m) for width, m in model.lambda_mlps.items()})
@@ -65,7 +121,7 @@ class AuthorsModel(nn.Module):
             if isinstance(layer, AdaptedLinear):
                 group, i = layer.group, layer.member
                 weights = (group.lora_A[i], group.lora_B[i], group.gate[i], self.mlps[str(group.in_features)])
-                new = AllExpertsLinear(layer.base_layer, *weights, group.scaling, group.dropout)
+                new = layer_class(layer.base_layer, *weights, group.scaling, group.dropout)
                 parent, _, leaf = name.rpartition(".")
                 setattr(self.base_model.get_submodule(parent), leaf, new)
         self.layers = [m for m in self.base_model.modules() if isinstance(m, AllExpertsLinear)]

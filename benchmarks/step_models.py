@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from authors_formulation import AuthorsModel
+from authors_formulation import AllExpertsLinear, AuthorsModel, OneProductLinear
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -17,7 +17,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from ldmole_ds import LDMoLEConfig, get_ldmole_model
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FROZEN, LORA, LORA_WIDE, AUTHORS, OURS = "frozen base", "PEFT LoRA r", "PEFT LoRA E*r", "authors' formulation", "ours"
+FROZEN, LORA, LORA_WIDE, OURS = "frozen base", "PEFT LoRA r", "PEFT LoRA E*r", "ours"
+AUTHORS, KINDER = "authors' formulation", "the same, A as one product"
 
 
 def base_model(args: argparse.Namespace) -> Qwen3ForCausalLM:
@@ -70,6 +71,7 @@ def models(args: argparse.Namespace, dropout: float, lambda_hidden: int) -> dict
         LORA: lambda: lora(args, args.rank, dropout),
         LORA_WIDE: lambda: lora(args, args.rank * args.experts, dropout),
         AUTHORS: lambda: AuthorsModel(ours(args, dropout, lambda_hidden)).train(),
+        KINDER: lambda: AuthorsModel(ours(args, dropout, lambda_hidden), OneProductLinear).train(),
         OURS: lambda: ours(args, dropout, lambda_hidden),
     }
 
@@ -103,27 +105,32 @@ def step_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], N
 
 
 def check_equal(args: argparse.Namespace) -> dict[str, float]:
-    """Loss and gradients of the authors' formulation are ours: the largest relative differences.
+    """Loss and gradients of the authors' formulation, in both forms, are ours: the largest relative differences.
 
     Raises:
         AssertionError: They are not.
     """
-    mine, peer, inputs = ours(args, 0.0, 64), AuthorsModel(ours(args, 0.0, 64)).train(), batch(args)
+    checks = [_differences(args, layer_class) for layer_class in (AllExpertsLinear, OneProductLinear)]
+    return {key: max(check[key] for check in checks) for key in checks[0]}
+
+
+def _differences(args: argparse.Namespace, layer_class: type[AllExpertsLinear]) -> dict[str, float]:
+    mine, peer = ours(args, 0.0, 64), AuthorsModel(ours(args, 0.0, 64), layer_class).train()
+    inputs = batch(args)
     losses = [loss_of(model, inputs) for model in (mine, peer)]
     for loss in losses:
         loss.backward()
-    layers, worst = iter(peer.layers), 0.0
+    layers, pairs = iter(peer.layers), []
     for group in mine.input_groups:
         # The groups' members come in the order of the model, and so do the peer's layers.
         for i in range(len(group.members)):
             layer = next(layers)
-            pairs = [(group.gate.grad[i], layer.gate), (group.lora_A.grad[i], layer.lora_A)]
-            for grad, param in [*pairs, (group.lora_B[i].grad, layer.lora_B)]:
-                worst = max(worst, ((grad - param.grad).norm() / param.grad.norm()).item())
+            grads = (group.gate.grad[i], group.lora_A.grad[i], group.lora_B[i].grad)
+            pairs += zip(grads, (layer.gate.grad, *layer.expert_grads()), strict=True)
     for width, mlp in mine.lambda_mlps.items():
         first, _, last = peer.mlps[width]
-        for grad, param in ((mlp.weight_in.grad, first.weight), (mlp.bias_out.grad, last.bias)):
-            worst = max(worst, ((grad - param.grad).norm() / param.grad.norm()).item())
+        pairs += [(mlp.weight_in.grad, first.weight.grad), (mlp.bias_out.grad, last.bias.grad)]
+    worst = max(((grad - peer_grad).norm() / peer_grad.norm()).item() for grad, peer_grad in pairs)
     difference = abs(losses[0].item() / losses[1].item() - 1)
     limit = 1e-3 if args.dtype == "float32" else 0.1
     assert difference < limit and worst < limit, f"ours and the authors' differ: loss {difference}, gradients {worst}"
