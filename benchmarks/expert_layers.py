@@ -2,13 +2,14 @@
 
     y = W x + scaling * sum_i p_i B_i A_i x        p = softmax over the k largest of G x
 
-All have the same frozen weight, router and experts, so outputs and gradients must agree. Shapes: T tokens, D
-in_features, O out_features, E experts, e = E/P of them local, r rank.
+All have the same frozen weight, router and experts, so outputs and gradients must agree. `ours` can have LD-MoLE's own
+router instead, with lambda set so that a token uses k experts on average. Shapes: T tokens, D in_features, O
+out_features, E experts, e = E/P of them local, r rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -19,6 +20,10 @@ from torch import Tensor, nn
 from ldmole_ds.distributed import CommStats, ExpertParallel, build_dispatcher, expert_parallel
 from ldmole_ds.layers import AdaptedLinear, InputGroup, build_router
 from ldmole_ds.layers.context import ContextHolder
+from ldmole_ds.layers.lambda_mlp import LambdaMLP
+from ldmole_ds.ops import sparsegen
+
+SPARSEGEN, TOPK = "sparsegen", "topk"
 
 
 @dataclass(frozen=True)
@@ -63,11 +68,15 @@ class Weights:
 
 @dataclass(frozen=True)
 class Formulation:
-    """A layer, where its gradients are (``(E, D)``, ``(e, r, D)``, ``(e, r, O)``), and what a step runs within."""
+    """A layer, where its gradients are (``(E, D)``, ``(e, r, D)``, ``(e, r, O)``), and what a step runs within.
+
+    ``experts`` are those of the parameters that belong to experts.
+    """
 
     forward: Callable[[Tensor], Tensor]
     parameters: list[nn.Parameter]
     gradients: Callable[[], dict[str, Tensor]]
+    experts: Sequence[nn.Parameter] = ()
     around: Callable[[], AbstractContextManager] = nullcontext
 
     def step(self, x: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,8 +101,25 @@ def frozen(weights: Weights) -> Formulation:
     return Formulation(frozen_linear(weights), [], dict)
 
 
-def ours(weights: Weights, sizes: Sizes, topology: ExpertParallel, mode: str) -> Formulation:
-    """This package's layer under ``--expert_dispatch mode``."""
+def lambda_mlp(weights: Weights, sizes: Sizes, hidden_size: int) -> LambdaMLP:
+    """With the output bias at which a token uses k experts on average: the same on every rank."""
+    args = {"dtype": sizes.dtype, "device": weights.x.device}
+    mlp = LambdaMLP(sizes.in_features, hidden_size, generator=torch.Generator().manual_seed(3), **args)
+    x_TD = torch.randn(1024, sizes.in_features, generator=torch.Generator().manual_seed(4)).to(**args)
+    logits, (low, high) = (x_TD @ weights.gate.t()).float(), (-12.0, 12.0)
+    with torch.no_grad():
+        for _ in range(30):
+            mlp.bias_out.fill_((low + high) / 2)
+            support = (sparsegen(logits, mlp(x_TD)[0]) > 0).sum(-1).float().mean().item()
+            low, high = (mlp.bias_out.item(), high) if support > sizes.k else (low, mlp.bias_out.item())
+    return mlp
+
+
+def ours(
+    weights: Weights, sizes: Sizes, topology: ExpertParallel, mode: str, router: str = TOPK, lambda_hidden: int = 256
+) -> Formulation:
+    """This package's layer under ``--expert_dispatch mode``, with this router."""
+    mlp = lambda_mlp(weights, sizes, lambda_hidden) if router == SPARSEGEN else None
     group = InputGroup(
         name="layer",
         members=["layer"],
@@ -103,9 +129,9 @@ def ours(weights: Weights, sizes: Sizes, topology: ExpertParallel, mode: str) ->
         r=sizes.r,
         scaling=weights.scaling,
         dropout=0.0,
-        router=build_router("topk", topk=sizes.k),
-        lambda_mlp=None,
-        owns_lambda_mlp=False,
+        router=build_router(router, topk=sizes.k),
+        lambda_mlp=mlp,
+        owns_lambda_mlp=mlp is not None,
         topology=topology,
         dispatcher=build_dispatcher(topology, sizes.experts, mode, CommStats()),
         holder=ContextHolder(),
@@ -124,7 +150,7 @@ def ours(weights: Weights, sizes: Sizes, topology: ExpertParallel, mode: str) ->
     def gradients() -> dict[str, Tensor]:
         return {"gate": group.gate.grad[0], "A": group.lora_A.grad[0], "B": group.lora_B[0].grad}
 
-    return Formulation(layer, list(group.parameters()), gradients)
+    return Formulation(layer, list(group.parameters()), gradients, group.expert_parameters())
 
 
 def expert_group() -> ExpertParallel:

@@ -22,11 +22,12 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 import harness  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from expert_layers import Sizes, Weights, expert_group  # noqa: E402
+from expert_layers import SPARSEGEN, TOPK, Sizes, Weights, expert_group  # noqa: E402
 from layouts import TOKENS, WEIGHTS, ZERO2, ZERO3, layout_step  # noqa: E402
 from ranks import on_ranks  # noqa: E402
 
-from ldmole_ds.distributed.dispatch_choice import Workload, choose_dispatch, measure_link  # noqa: E402
+from ldmole_ds.distributed.dispatch_choice import Workload, choose_dispatch  # noqa: E402
+from ldmole_ds.distributed.link import measure_link  # noqa: E402
 from ldmole_ds.training.run_record import git_revision, versions  # noqa: E402
 
 LAYOUTS = [ZERO2, ZERO3, WEIGHTS, TOKENS]
@@ -48,7 +49,8 @@ def measure(device: torch.device, args: argparse.Namespace) -> dict:
         dtype, k = getattr(torch, args.dtype), min(args.k, e)
         sizes = Sizes(tokens, args.in_features, args.out_features, e, r, k, dtype)
         weights = Weights.make(sizes, topology.rank, device)
-        steps = {name: layout_step(name, weights, sizes, topology) for name in LAYOUTS}
+        router = {"router": args.router, "lambda_hidden": args.lambda_hidden}
+        steps = {name: layout_step(name, weights, sizes, topology, **router) for name in LAYOUTS}
         peaks = {name: harness.peak_of(step.run) for name, step in steps.items()}
         memory = {name: (step.held + peaks[name][0]) / 2**20 for name, step in steps.items()}
         took = torch.tensor([sum(seconds for _, seconds in peaks.values())], device=device)
@@ -123,9 +125,11 @@ def judge(found: list[dict]) -> dict:
 def report(args: argparse.Namespace, result: dict) -> str:
     link, verdict = result["link"], judge(result["cells"])
     rounds = [len(cell["seconds"][TOKENS]) for cell in result["cells"]]
+    learned = f"LD-MoLE's router with {args.k} experts a token on average (lambda hidden {args.lambda_hidden})"
+    router = learned if args.router == SPARSEGEN else f"top-{args.k}"
     parts = [
         "# Where what pays",
-        f"One adapted layer, D {args.in_features}, O {args.out_features}, top-{args.k}, {args.dtype}, {args.ranks} "
+        f"One adapted layer, D {args.in_features}, O {args.out_features}, {router}, {args.dtype}, {args.ranks} "
         f"ranks ({'NCCL' if args.device == 'cuda' else 'gloo, one thread each'}); forward, backward and gradient "
         "synchronisation, frozen layer included. Reproduce: "
         f"`python benchmarks/layer.py{harness.flags(args, parse([]))}`.",
@@ -149,7 +153,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--out_features", type=int, default=256, help="O")
     add("--experts", nargs="+", default=["8x8", "64x16", "128x32", "256x64"], help="E x r of the cells")
     add("--tokens", nargs="+", type=int, default=[128, 1024, 8192], help="tokens of a rank of the cells")
-    add("--k", type=int, default=4, help="experts of a token")
+    add("--k", type=int, default=4, help="experts of a token, on average")
+    add(
+        "--router",
+        default=SPARSEGEN,
+        choices=[SPARSEGEN, TOPK],
+        help="LD-MoLE's, its lambda set to k; or a fixed top-k",
+    )
+    add("--lambda_hidden", type=int, default=256, help="of sparsegen")
     add("--rounds", type=int, default=15, help="most timed rounds of a cell")
     add("--least_rounds", type=int, default=3, help="fewest timed rounds of a cell")
     add("--seconds", type=float, default=15, help="aim of a cell between the two")

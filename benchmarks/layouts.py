@@ -6,7 +6,8 @@
     tokens          each rank holds E/P experts; tokens travel
 
 Ranks are one EP group, so partitioned experts have one home and no gradients to average. The optimizer is left out: it
-updates the same share of the experts on each rank in all four.
+updates the same share of the experts on each rank in all four; so are the gradients of router and lambda MLP, which
+every rank has in all four.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ class LayoutStep:
     held: int
 
 
-def layout_step(name: str, weights: Weights, sizes: Sizes, topology: ExpertParallel) -> LayoutStep:
-    """The step of this layout on this rank."""
+def layout_step(name: str, weights: Weights, sizes: Sizes, topology: ExpertParallel, **router: object) -> LayoutStep:
+    """The step of this layout on this rank; ``router`` as in `ours`."""
     if name in (WEIGHTS, TOKENS):
-        layer = ours(weights, sizes, topology, name)
+        layer = ours(weights, sizes, topology, name, **router)
         return LayoutStep(lambda: layer.step(weights.x, weights.cotangent), _bytes(layer))
-    layer = ours(weights, sizes, ExpertParallel(world_size=topology.world_size, rank=topology.rank), "tokens")
-    experts = layer.parameters[1:]
+    alone = ExpertParallel(world_size=topology.world_size, rank=topology.rank)
+    layer = ours(weights, sizes, alone, "tokens", **router)
+    experts = list(layer.experts)
     if name == ZERO2:
         return LayoutStep(lambda: _zero2_step(layer, experts, weights, topology.rank), _bytes(layer))
     shard = _flat([p.data for p in experts]).chunk(topology.world_size)[topology.rank].clone()
@@ -54,7 +56,7 @@ def release(params: list[nn.Parameter]) -> None:
 
 
 def _bytes(layer: Formulation) -> int:
-    return sum(p.nbytes for p in layer.parameters[1:])
+    return sum(p.nbytes for p in layer.experts)
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:

@@ -11,41 +11,17 @@ a group of G projections that read D values and write O in sum:
 or, where that is cheaper, grouped products of as many active pairs in either (`ldmole_ds.ops.expert_compute`).
 
 A collective takes a latency plus its bytes over the bandwidth, a product its operations over their speed; all three are
-measured at the start and broadcast from rank 0, so that every rank decides alike. `tokens_phases` and `weights_phases`
-name the collectives as `CommStats` counts them; the planner (`ldmole_ds.planner`) uses them too.
+measured at the start (`ldmole_ds.distributed.link`), those of rank 0 for all, so that every rank decides alike.
+`tokens_phases` and `weights_phases` name the collectives as `CommStats` counts them; the planner (`ldmole_ds.planner`)
+uses them too.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
-from ldmole_ds.distributed.topology import ExpertParallel
-from ldmole_ds.ops.expert_compute import dense_operations, grouped_operations, grouped_speed, may_group_on
-
-_PROBE_BYTES, _PROBE_ROUNDS = 1 << 20, 5
-# Tokens, width and stacked ranks of the product whose speed is measured: as skinny as the experts' are.
-_PROBE_PRODUCT = (2048, 1024, 128)
-
-
-@dataclass(frozen=True)
-class Link:
-    """What a collective of the EP group costs: ``latency`` in seconds, ``bandwidth`` in bytes per second and rank.
-
-    ``flops`` is the speed of the expert products beside it, in operations per second; infinite: they are not weighed.
-    ``grouped_flops`` is that of grouped products; 0: they are not used.
-    """
-
-    latency: float
-    bandwidth: float
-    flops: float = math.inf
-    grouped_flops: float = 0.0
+from ldmole_ds.distributed.link import Link
+from ldmole_ds.ops.expert_compute import dense_operations, grouped_operations
 
 
 @dataclass(frozen=True)
@@ -74,43 +50,6 @@ class Choice:
     weights_seconds: float
     tokens_bytes: float
     weights_bytes: float
-
-
-def measure_link(topology: ExpertParallel, device: torch.device, itemsize: int = 4) -> Link:
-    """Latency and bandwidth of an all-to-all in the EP group, and the speed of a product. Collective.
-
-    Medians, those of rank 0 for everyone. ``itemsize`` says whether products are in float32 (4) or bfloat16 (2).
-    """
-
-    def median_seconds(run: Callable[[], Tensor]) -> float:
-        times = []
-        for _ in range(_PROBE_ROUNDS + 1):
-            begin = time.perf_counter()
-            run().flatten()[:1].cpu()  # wait for the device
-            times.append(time.perf_counter() - begin)
-        return sorted(times[1:])[_PROBE_ROUNDS // 2]
-
-    def exchange_seconds(num_bytes: int) -> float:
-        out = torch.empty(num_bytes // 4 // topology.ep_size * topology.ep_size, device=device)
-        data = torch.zeros_like(out)
-
-        def exchange() -> Tensor:
-            dist.all_to_all_single(out, data, group=topology.ep_group)
-            return out
-
-        return median_seconds(exchange)
-
-    latency = exchange_seconds(4 * topology.ep_size)
-    seconds = max(exchange_seconds(_PROBE_BYTES) - latency, 1e-9)
-    sent = _PROBE_BYTES * (topology.ep_size - 1) / topology.ep_size
-    tokens, width, ranks = _PROBE_PRODUCT
-    dtype = torch.bfloat16 if itemsize == 2 else torch.float32
-    x, weight = (torch.zeros(rows, width, device=device, dtype=dtype) for rows in (tokens, ranks))
-    flops = 2 * math.prod(_PROBE_PRODUCT) / median_seconds(lambda: x @ weight.t())
-    grouped_flops = flops * grouped_speed() if may_group_on(device, dtype) else 0.0
-    figures = torch.tensor([latency, sent / seconds, flops, grouped_flops], dtype=torch.float64, device=device)
-    dist.broadcast(figures, src=0)
-    return Link(*figures.tolist())
 
 
 def remote_ranks(ep_size: int, num_experts: int, num_projections: int, active_experts: float) -> float:

@@ -8,7 +8,8 @@ import torch
 
 from ldmole_ds.config import LDMoLEConfig
 from ldmole_ds.distributed import CommStats, ExpertParallel, LocalTokenDispatcher, build_dispatcher
-from ldmole_ds.distributed.dispatch_choice import Workload, choose_dispatch, explain, measure_link
+from ldmole_ds.distributed.dispatch_choice import Workload, choose_dispatch, explain
+from ldmole_ds.distributed.link import measure_link
 
 
 @dataclass(frozen=True)

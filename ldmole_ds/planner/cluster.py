@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldmole_ds.distributed.dispatch_choice import Link
+from ldmole_ds.distributed.link import Link
 from ldmole_ds.planner.costs import StepCosts
 
 # Of the peaks: matrix products, device memory and links.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ldmole_ds.distributed.dispatch_choice import Link, Phase
+from ldmole_ds.distributed.dispatch_choice import Phase
+from ldmole_ds.distributed.link import Link
 from ldmole_ds.planner.cluster import Cluster
 from ldmole_ds.planner.layout import Batch, Layout, Precision
 from ldmole_ds.planner.model_shape import ModelShape

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ldmole_ds.distributed import AllToAllTokenDispatcher, ExpertWeights, expert_parallel
-from ldmole_ds.distributed.dispatch_choice import Link, Workload, choose_dispatch, remote_ranks
+from ldmole_ds.distributed.dispatch_choice import Workload, choose_dispatch, remote_ranks
+from ldmole_ds.distributed.link import Link, latency_and_bandwidth
 from ldmole_ds.model import get_ldmole_model
 from tests.distributed_utils import run_distributed
 from tests.tiny import ragged_batch, tiny_config, tiny_llama, tiny_model
@@ -79,6 +80,14 @@ def test_chunks_do_not_keep_what_other_ranks_sent():
 
 
 # ---- auto ----
+
+
+def test_a_slow_moment_of_the_machine_makes_no_link_endlessly_fast():
+    """Rounds in which a tiny exchange took longer than a large one."""
+    noisy = latency_and_bandwidth([5e-3, 6e-3, 5e-3], [4e-3, 5e-3, 4e-3], sent=4e6)
+    assert noisy == (5e-3, pytest.approx(4e6 / 0.4e-3))
+    busy = latency_and_bandwidth([1e-3, 9e-3, 1e-3], [5e-3, 13e-3, 5e-3], sent=4e6)
+    assert busy == (1e-3, pytest.approx(1e9))
 
 
 def test_more_tokens_favour_weights_and_more_experts_favour_tokens():
