@@ -46,10 +46,21 @@ def latency_and_bandwidth(small: Sequence[float], large: Sequence[float], sent: 
     return statistics.median(small), sent / max(beside, _LEAST_SHARE * statistics.median(large), 1e-9)
 
 
+def sending_device(group: dist.ProcessGroup, device: torch.device) -> torch.device:
+    """Where collectives of this group take their tensors from, for a model on ``device``.
+
+    Models are loaded on the CPU and moved later; NCCL takes no tensor from there.
+    """
+    if device.type == "cpu" and dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def measure_link(topology: ExpertParallel, device: torch.device, itemsize: int = 4) -> Link:
     """Latency and bandwidth of an all-to-all in the EP group, and the speed of a product. Collective.
 
-    Medians, those of rank 0 for everyone. ``itemsize`` says whether products are in float32 (4) or bfloat16 (2).
+    Medians, those of rank 0 for everyone. ``device`` is a `sending_device`; ``itemsize`` says whether products are in
+    float32 (4) or bfloat16 (2).
     """
     tokens, width, ranks = _PROBE_PRODUCT
     dtype = torch.bfloat16 if itemsize == 2 else torch.float32

@@ -9,7 +9,7 @@ import torch
 from ldmole_ds.config import LDMoLEConfig
 from ldmole_ds.distributed import CommStats, ExpertParallel, LocalTokenDispatcher, build_dispatcher
 from ldmole_ds.distributed.dispatch_choice import Workload, choose_dispatch, explain
-from ldmole_ds.distributed.link import measure_link
+from ldmole_ds.distributed.link import measure_link, sending_device
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def plan_dispatch(
     if settings.mode == "auto":
         modes, text = ["tokens"] * len(shapes), "auto: no experts are partitioned, so nothing moves"
         if partitioned:
-            link = measure_link(topology, device, itemsize)
+            link = measure_link(topology, sending_device(topology.ep_group, device), itemsize)
             workload = Workload(
                 settings.tokens_per_rank, expected_experts(config), settings.accumulation_steps, itemsize
             )
