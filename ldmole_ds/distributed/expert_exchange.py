@@ -43,6 +43,19 @@ class DispatchPlan:
     output_splits: list[int]
 
 
+def add_rows(total: Tensor, rows: Tensor, plan: DispatchPlan) -> Tensor:
+    """Add rows that came home to their tokens' in ``total (T, ...)``, in place; always in the same order.
+
+    Peer by peer: a GPU adds the rows of one call in any order, and a token has at most one from each peer. A sum of
+    other rounding would let recomputation route otherwise than the first pass did, and send other numbers of rows.
+    """
+    pieces = (t.split(plan.input_splits) for t in (plan.token_index_S, rows))
+    for index, piece in zip(*pieces, strict=True):
+        if len(index):
+            total.index_add_(0, index, piece)
+    return total
+
+
 class _Flight:
     """The one exchange of an input group that is under way, in forward or in backward."""
 
@@ -74,7 +87,7 @@ class _Dispatch(torch.autograd.Function):
         # One row for each (token, rank): the weights of the rank's experts.
         w_TPGe = probs_TGE.view(t, g, num_ranks, num_experts // num_ranks).transpose(1, 2)
         slot_S = plan.token_index_S * num_ranks + plan.destination_S
-        ctx.save_for_backward(plan.token_index_S, slot_S)
+        ctx.save_for_backward(slot_S)
         w_SX = w_TPGe.reshape(t * num_ranks, g * num_experts // num_ranks).index_select(0, slot_S)
         d = x_TD.shape[1]
         rows_SX = x_TD.new_empty(len(slot_S), d + w_SX.shape[1])
@@ -84,15 +97,14 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _):
-        token_index_S, slot_S = ctx.saved_tensors
-        (t, d), (_, g, num_experts) = ctx.shapes
+        (slot_S,), ((t, d), (_, g, num_experts)) = ctx.saved_tensors, ctx.shapes
         num_ranks, home_SX = ctx.flight.channel.size, ctx.flight.receive()
         e = num_experts // num_ranks
         home_x, home_w = home_SX.tensor_split([home_SX.shape[1] - g * e], dim=1)
         grad_x = grad_probs = None
         if ctx.needs_input_grad[0]:
             # On CPU adding rows that do not lie side by side costs more than copying them first.
-            grad_x = home_x.new_zeros(t, d).index_add_(0, token_index_S, home_x.contiguous())
+            grad_x = add_rows(home_x.new_zeros(t, d), home_x.contiguous(), ctx.flight.plan)
         if ctx.needs_input_grad[1]:
             grad_w = home_w.new_zeros(t * num_ranks, g * e, dtype=ctx.dtype)
             grad_w_TPGe = grad_w.index_copy_(0, slot_S, home_w.to(ctx.dtype)).view(t, num_ranks, g, e)
@@ -146,7 +158,7 @@ class _Combine(torch.autograd.Function):
         ctx.save_for_backward(index_S)
         parts = flight.receive().split([y.shape[-1] for y in outputs], dim=1)
         for y, part in zip(outputs, parts, strict=True):
-            y.view(-1, y.shape[-1]).index_add_(0, index_S, part.to(y.dtype).contiguous())
+            add_rows(y.view(-1, y.shape[-1]), part.to(y.dtype).contiguous(), flight.plan)
         ctx.mark_dirty(*outputs)
         return outputs
 
