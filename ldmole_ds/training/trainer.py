@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from ldmole_ds.training.flops import device_peak_tflops
 from ldmole_ds.training.live_metrics import LogWindow, TokenCounts, count_tokens
 from ldmole_ds.training.preemption import PreemptionCallback
 from ldmole_ds.training.step_loss import StepLossMixin
+
+logger = logging.getLogger(__name__)
 
 
 class LDMoLETrainer(CheckpointMixin, StepLossMixin, BatchWarmupLoop):
@@ -59,6 +62,7 @@ class LDMoLETrainer(CheckpointMixin, StepLossMixin, BatchWarmupLoop):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, *args, **kwargs)
+        self._use_one_gpu()
         self.preemption = PreemptionCallback()
         self.add_callback(self.preemption)
         self.add_callback(CheckpointableCallback(self))
@@ -73,6 +77,18 @@ class LDMoLETrainer(CheckpointMixin, StepLossMixin, BatchWarmupLoop):
             raise ValueError(
                 "compute_loss_func would leave out the auxiliary losses: override compute_loss in a subclass instead, "
                 "and add model.weighted(outputs.aux_losses)"
+            )
+
+    def _use_one_gpu(self) -> None:
+        """The Trainer gives a process that sees several GPUs to DataParallel, whose copies would share experts."""
+        seen = self.args.n_gpu
+        if seen > 1:
+            self.args._n_gpu = 1
+            self._train_batch_size = self.args.train_batch_size  # was rows for all of them
+            logger.warning(
+                "one process trains on one of the %d GPUs that it sees: for all of them start it with deepspeed "
+                "--num_gpus %d, or torchrun --nproc_per_node %d",
+                *[seen] * 3,
             )
 
     @property
