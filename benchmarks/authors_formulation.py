@@ -138,7 +138,8 @@ class AuthorsModel(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         """The loss: cross entropy and the weighted auxiliary losses."""
-        loss = self.base_model(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        loss = self.base_model(**inputs, use_cache=False).loss
         real = attention_mask.bool()
         balance = torch.stack([self._balance(layer.routing[1][real]) for layer in self.layers]).mean()
         sparsity = torch.stack([self._sparsity(*layer.routing)[real].mean() for layer in self.layers]).mean()

@@ -15,6 +15,7 @@ A variant that does not fit says so. Beforehand ours and the authors' are checke
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -60,6 +61,12 @@ def measure(args: argparse.Namespace) -> dict:
     kernel = args.variant == OURS and uses_fused_routing(torch.zeros((), device=args.device))
     above, total = memory.bytes / 2**30, memory.total / 2**30
     return {"seconds": seconds, "above_GB": above, "total_GB": total, "flops": flops, "used": used, "kernel": kernel}
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device has no memory left: torch finds that, or a library or driver that allocates by itself."""
+    own = isinstance(error, torch.OutOfMemoryError)
+    return own or any(text in str(error) for text in ("out of memory", "ALLOC_FAILED"))
 
 
 def run_variant(argv: list[str], shape: str, tokens: int, variant: str) -> dict | None:
@@ -175,25 +182,25 @@ def main() -> None:
     if args.variant:
         try:
             print(json.dumps(measure(args)))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             print(json.dumps({"out_of_memory": True}))
         return
-    equality = check_equal(args)
-    results = {
-        f"{shape}, {tokens} tokens": run_setting(args, argv, shape, tokens)
-        for shape in args.shapes
-        for tokens in args.tokens
-    }
     peak = args.peak_tflops or (peak_tflops_of(torch.cuda.get_device_name()) if args.device == "cuda" else None)
+    results: dict[str, dict] = {}
     values = {
         "setting": vars(args) | {"output": None},
         "machine": harness.machine(),
         "versions": versions(),
         "git_revision": git_revision(),
-        "equality": equality,
+        "equality": check_equal(args),
         "results": results,
     }
-    harness.write("gpu_step", report(args, results, equality, peak), values, args.output)
+    for shape, tokens in itertools.product(args.shapes, args.tokens):
+        results[f"{shape}, {tokens} tokens"] = run_setting(args, argv, shape, tokens)
+        # What is measured is kept, whatever comes after.
+        harness.write("gpu_step", report(args, results, values["equality"], peak), values, args.output)
 
 
 if __name__ == "__main__":

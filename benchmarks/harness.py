@@ -61,7 +61,9 @@ def interleaved(
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
-    """Median, lower and upper quartile."""
+    """Median, lower and upper quartile; of one value, that value."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return middle, low, high
 
