@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from ldmole_ds.checkpoint import CheckpointError
+from ldmole_ds.distributed.agreement import raise_together
 from ldmole_ds.model import LDMoLEModel
 from ldmole_ds.tasks import TASKS
 from ldmole_ds.training import report as reports
@@ -13,7 +14,7 @@ from ldmole_ds.training.data import ChoiceData
 from ldmole_ds.training.memory import MemoryOfTraining
 from ldmole_ds.training.preemption import EXIT_PREEMPTED
 from ldmole_ds.training.run_record import ANSWERS_NAME, write_json
-from ldmole_ds.training.runtime import UserError, is_main_process
+from ldmole_ds.training.runtime import UserError, agreed, is_main_process
 from ldmole_ds.training.sft import SFTData
 from ldmole_ds.training.trainer import LDMoLETrainer
 
@@ -50,14 +51,13 @@ def finish(
     if data.validation is not None:
         evaluation = trainer.evaluate()
         routing_rows = trainer.eval_routing.summary(reduce=model.topology.world_size > 1)
-    trainer.save_model()
-    trainer.save_metrics("train", metrics)
-    if evaluation:
-        trainer.save_metrics("eval", evaluation)
-    trainer.save_state()
+    with agreed("saving"):
+        trainer.save_model()
+        trainer.save_metrics("train", metrics)
+        if evaluation:
+            trainer.save_metrics("eval", evaluation)
+        trainer.save_state()
     ranks = reports.gather_rank_facts(model)
-    if not is_main_process():
-        return
     history = trainer.state.log_history
     before = next((row for row in history if "eval_loss" in row and row["step"] == 0), {})
     report = {
@@ -82,12 +82,14 @@ def finish(
         "adapter": str(folder),
         "next_command": _next_command(folder, data),
     }
-    write_json(folder / "report.json", report)
-    write_json(folder / "routing_summary.json", routing_rows)
-    if isinstance(data, ChoiceData) and data.answers:
-        write_json(folder / ANSWERS_NAME, data.answers)
-    reports.plot_curves(history, folder / "curves.png")
-    print(reports.format_report(report), flush=True)
+    with raise_together(lambda reason: UserError(f"{folder} holds the adapter, but its report is not whole: {reason}")):
+        if is_main_process():
+            write_json(folder / "report.json", report)
+            write_json(folder / "routing_summary.json", routing_rows)
+            if isinstance(data, ChoiceData) and data.answers:
+                write_json(folder / ANSWERS_NAME, data.answers)
+            reports.plot_curves(history, folder / "curves.png")
+            print(reports.format_report(report), flush=True)
 
 
 def _mean_routing(rows: dict[str, dict]) -> dict[str, float]:
