@@ -65,8 +65,9 @@ def measure_link(topology: ExpertParallel, device: torch.device, itemsize: int =
     tokens, width, ranks = _PROBE_PRODUCT
     dtype = torch.bfloat16 if itemsize == 2 else torch.float32
     x, weight = (torch.zeros(rows, width, device=device, dtype=dtype) for rows in (tokens, ranks))
-    runs = [_exchange(4 * topology.ep_size, topology, device), _exchange(_PROBE_BYTES, topology, device)]
-    small, large, product = _by_turns([*runs, lambda: x @ weight.t()])
+    sizes = (4 * topology.ep_size, _PROBE_BYTES)
+    small, large = _by_turns([_exchange(num_bytes, topology, device) for num_bytes in sizes])
+    (product,) = _by_turns([lambda: x @ weight.t()])  # not between exchanges, which would wait for the slower rank
     sent = _PROBE_BYTES * (topology.ep_size - 1) / topology.ep_size
     flops = 2 * math.prod(_PROBE_PRODUCT) / statistics.median(product)
     grouped_flops = flops * grouped_speed() if may_group_on(device, dtype) else 0.0
