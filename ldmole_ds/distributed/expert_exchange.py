@@ -8,6 +8,7 @@ node of the autograd graph. Nodes run backwards in the order in which they were 
 was done between two steps lies between them in backward as well, whatever modules it is made of.
 
 Between steps a node's result is a buffer that is still being filled: only the next step reads it, and it waits first.
+In backward no node returns it, where autograd might look at it: the next one takes it from the exchange.
 The backward of dispatch is combine and the other way round: gradients of results travel the way the tokens went,
 gradients of tokens and routing weights the way the results came. Shape legend: `ldmole_ds.distributed.dispatch`.
 """
@@ -88,6 +89,7 @@ class _Dispatch(torch.autograd.Function):
         w_TPGe = probs_TGE.view(t, g, num_ranks, num_experts // num_ranks).transpose(1, 2)
         slot_S = plan.token_index_S * num_ranks + plan.destination_S
         ctx.save_for_backward(slot_S)
+        ctx.set_materialize_grads(False)
         w_SX = w_TPGe.reshape(t * num_ranks, g * num_experts // num_ranks).index_select(0, slot_S)
         d = x_TD.shape[1]
         rows_SX = x_TD.new_empty(len(slot_S), d + w_SX.shape[1])
@@ -123,6 +125,7 @@ class _RemoteExperts(torch.autograd.Function):
         y_RO, kept = products.forward(rows_RX[:, :d], w_RGe, lora_A, lora_B, scaling)
         ctx.save_for_backward(rows_RX, lora_A, *lora_B, *kept)
         ctx.flight, ctx.need_x, ctx.scaling, ctx.products = flight, need_x, scaling, products
+        ctx.set_materialize_grads(False)
         flight.send(y_RO, "combine")
         return y_RO
 
@@ -137,15 +140,14 @@ class _RemoteExperts(torch.autograd.Function):
             grad_RO, kept, lora_A, lora_B, ctx.scaling, grad_x if ctx.need_x else None
         )
         need_rows, *_, need_A = ctx.needs_input_grad[:5]
-        grad_rows, grad_A, grad_B = None, None, [None] * len(lora_B)
+        grad_A, grad_B = None, [None] * len(lora_B)
         if need_rows:
             grad_w.copy_(found_w.flatten(1))
             flight.send(grad_RX, "dispatch_backward")
-            grad_rows = rows_RX  # not read, but of the right shape
         if need_A or any(ctx.needs_input_grad[5:]):
             x_RD, weights = rows_RX[:, :d], (lora_A, lora_B, ctx.scaling)
             grad_A, grad_B = products.weight_gradients(grad_RO, x_RD, kept, grad_h, *weights)
-        return grad_rows, None, None, None, grad_A, *grad_B
+        return None, None, None, None, grad_A, *grad_B
 
 
 class _Combine(torch.autograd.Function):
@@ -171,7 +173,8 @@ class _Combine(torch.autograd.Function):
         grad_SO = torch.empty(len(index_S), sum(out_sizes), dtype=ctx.dtype, device=index_S.device)
         for grad, part, o in zip(grads, grad_SO.split(out_sizes, dim=1), out_sizes, strict=True):
             torch.index_select(grad.reshape(-1, o).to(ctx.dtype), 0, index_S, out=part)
-        return ctx.flight.send(grad_SO, "combine_backward"), None, *grads
+        ctx.flight.send(grad_SO, "combine_backward")
+        return None, None, *grads
 
 
 class RemoteExperts:
