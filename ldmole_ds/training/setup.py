@@ -115,14 +115,22 @@ def load_data(settings: dict[str, Any]) -> tuple[Any, ChoiceData | SFTData]:
     return tokenizer, data
 
 
-def engine_dtype(training: LDMoLETrainingArguments) -> str:
-    """The dtype that the engine casts parameters to; float32 casts nothing."""
+def compute_dtype(training: LDMoLETrainingArguments) -> str:
+    """The dtype that most products of the run are in."""
     return "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
+
+
+def engine_dtype(training: LDMoLETrainingArguments) -> str:
+    """The dtype that the engine casts parameters to, keeping float32 copies for the optimizer; float32 casts nothing.
+
+    Without DeepSpeed there are no such copies: half-precision weights would lose the small updates.
+    """
+    return compute_dtype(training) if training.deepspeed else "float32"
 
 
 def load_base(model: ModelArguments, training: LDMoLETrainingArguments) -> Any:
     """The base model; a quantised one multiplies in the dtype of the run."""
-    dtype = engine_dtype(training)
+    dtype = compute_dtype(training)
     if dtype == "float32" and model.dtype != "auto":
         dtype = model.dtype
     return load_base_model(
@@ -137,7 +145,7 @@ def load_base(model: ModelArguments, training: LDMoLETrainingArguments) -> Any:
 def build_model(
     base: Any, config: LDMoLEConfig, data: ChoiceData | SFTData, settings: dict[str, Any], places: Sequence[Place]
 ) -> LDMoLEModel:
-    """The wrapped model in the run's layout; adapters are float32 unless the engine is bf16 or fp16."""
+    """The wrapped model in the run's layout; adapters are float32 unless DeepSpeed's engine is bf16 or fp16."""
     training, source = settings["training"], settings["model"]
     if isinstance(data, SFTData):
         data.check_positions(getattr(base.config, "max_position_embeddings", None))
