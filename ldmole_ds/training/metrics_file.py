@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from ldmole_ds.model.adapter_io import write_atomically
+
+logger = logging.getLogger(__name__)
 
 METRICS_NAME, PER_LAYER_NAME = "metrics.csv", "metrics_per_layer.csv"
 METRICS_COLUMNS = (
@@ -54,13 +58,17 @@ class StepTable:
         if again and merge:
             rows = [{**old, **new} for old, new in zip(self._block, rows, strict=True)]
         new_file = not self.path.exists()
-        with open(self.path, "ab" if new_file else "r+b") as file:
-            if new_file:
-                file.write(self._lines([dict(zip(self.columns, self.columns, strict=True))]))
-            self._begin = file.seek(self._begin) if again and not new_file else file.seek(0, io.SEEK_END)
-            file.write(self._lines([{"step": step, **row} for row in rows]))
-            file.truncate()
-        self._step, self._block = step, rows
+        begin = 0 if new_file else self._begin if again else self.path.stat().st_size
+        head = self._lines([dict(zip(self.columns, self.columns, strict=True))]) if new_file else b""
+        try:
+            with open(self.path, "ab" if new_file else "r+b") as file:
+                file.seek(begin)
+                file.write(head + self._lines([{"step": step, **row} for row in rows]))
+                file.truncate()
+        except OSError:  # no half a row, to which the next would be added
+            self.path.unlink(missing_ok=True) if new_file else os.truncate(self.path, begin)
+            raise
+        self._step, self._block, self._begin = step, rows, begin + len(head)
 
     def _lines(self, rows: list[dict[str, Any]]) -> bytes:
         text = io.StringIO()
@@ -91,7 +99,10 @@ class MetricsFileCallback(TrainerCallback):
         values = {name: value for name, value in (logs or {}).items() if name in METRICS_COLUMNS}
         if not state.is_world_process_zero or not values.keys() - {"step", "epoch"}:
             return
-        self.metrics.write(state.global_step, [values], merge=True)
-        if self.per_layer is not None and "loss" in values:
-            rows = self.trainer.log_window.projections
-            self.per_layer.write(state.global_step, [{"projection": name, **row} for name, row in rows.items()])
+        try:
+            self.metrics.write(state.global_step, [values], merge=True)
+            if self.per_layer is not None and "loss" in values:
+                rows = self.trainer.log_window.projections
+                self.per_layer.write(state.global_step, [{"projection": name, **row} for name, row in rows.items()])
+        except OSError as error:  # a full disk, which may have room again when the run saves
+            logger.warning("%s lacks step %d: %s", self.metrics.path, state.global_step, error)

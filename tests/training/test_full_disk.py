@@ -1,11 +1,14 @@
-"""A disk that is full when a run ends: one sentence on every rank instead of a traceback on some."""
+"""A full disk: a run goes on without its table of metrics, and where it ends says so in one sentence on every rank."""
 
+import contextlib
+import resource
 from types import SimpleNamespace
 
 import pytest
 
 from ldmole_ds.training import finish as module
 from ldmole_ds.training.finish import finish
+from ldmole_ds.training.metrics_file import MetricsFileCallback
 from ldmole_ds.training.runtime import UserError
 from tests.tiny import tiny_model
 
@@ -38,3 +41,33 @@ def test_the_report_does_not_fit(tmp_path, monkeypatch):
     message = "holds the adapter, but its report is not whole: .*No space left on device"
     with pytest.raises(UserError, match=message):
         end_of_run(tmp_path)
+
+
+@contextlib.contextmanager
+def no_file_above(size):
+    """As on a full disk, what does not fit is not written."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_training_goes_on_without_a_row_of_metrics(tmp_path, caplog):
+    callback = MetricsFileCallback(SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path))))
+    path = callback.metrics.path
+
+    def log(step):
+        callback.on_log(None, SimpleNamespace(is_world_process_zero=True, global_step=step), None, {"loss": 1 / 3})
+
+    with no_file_above(20):
+        log(1)
+    assert not path.exists() and f"{path} lacks step 1: " in caplog.text
+    log(2)
+    with no_file_above(path.stat().st_size + 5):
+        log(3)
+    assert f"{path} lacks step 3: " in caplog.text
+    log(4)
+    head, *rows = path.read_text().splitlines()
+    assert head.startswith("step,epoch,loss,") and [row.split(",")[0] for row in rows] == ["2", "4"]
