@@ -196,8 +196,8 @@ def routing_backward_kernel(
 
         grad = tl.zeros((E_PAD, BLOCK_T), dtype=tl.float32)
         if HAS_GRAD_PROBS:
-            offsets = member * probs_stride_g + experts.to(tl.int64)[:, None] * probs_stride_e
-            offsets += tokens.to(tl.int64)[None, :] * probs_stride_t
+            offsets = (tl.zeros_like(experts) + member).to(tl.int64)[:, None] * probs_stride_g
+            offsets += experts.to(tl.int64)[:, None] * probs_stride_e + tokens.to(tl.int64)[None, :] * probs_stride_t
             grad += tl.load(grad_probs + offsets, mask=here & counts[None, :], other=0.0).to(tl.float32)
         if HAS_GRAD_SUMS:
             row = grad_sums + program * sums_stride_program + member * sums_stride_g

@@ -85,6 +85,7 @@ def test_what_is_missing_is_told_once(monkeypatch, caplog):
 
 
 COMPILE = """
+import re
 import sys
 import triton
 from triton.backends.compiler import GPUTarget
@@ -103,6 +104,8 @@ for kernel in (routing_kernel.routing_forward_kernel, routing_kernel.routing_bac
     types |= dict.fromkeys(constants, "constexpr")
     compiled = triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 90, 32))
     assert compiled.asm["cubin"]
+    # 32 bits would overflow beyond 2^31 routing weights.
+    assert not re.findall(r"%offsets.* = arith.muli .*: (?:tensor<.*x)?i32", compiled.asm["ttir"])
     print(kernel.__name__)
 """
 
