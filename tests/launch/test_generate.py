@@ -156,7 +156,8 @@ def test_one_sentence_and_exit_code_2(adapted, generate, prompt_file, tiny_model
     ("line", "message"),
     [
         ("{", "in.jsonl:2: not valid JSON"),
-        ('["a"]', 'in.jsonl:2: expected an object with a text under "prompt"'),
+        ('["a"]', "in.jsonl:2: the row is a list"),
+        ('{"prompt": "a", "id": "\\ud83d"}', "in.jsonl:2: the row holds \\ud83d, half of a character"),
         ('{"text": "a"}', 'in.jsonl:2: expected an object with a text under "prompt"'),
         ('{"prompt": ""}', "in.jsonl:2: the prompt has no tokens"),
     ],
