@@ -127,6 +127,11 @@ class ChoiceDataset(Dataset):
         """Accuracy of guessing: the mean of 1 / (number of options)."""
         return sum(1 / len(question.candidate_ids) for question in self.questions) / len(self.questions)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each question with its right answer."""
+        return [len(q.prompt_ids) + len(q.candidate_ids[q.gold]) for q in self.questions]
+
     def __len__(self) -> int:
         return len(self.questions)
 
