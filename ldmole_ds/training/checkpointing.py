@@ -190,7 +190,8 @@ class CheckpointMixin:
         """The saved state for this layout's parameter groups, whose number may be another (experts have their own)."""
         groups, fresh = self.optimizer.param_groups, self.lr_scheduler.state_dict()
         of_groups = {k: v for k, v in fresh.items() if isinstance(v, list) and len(v) == len(groups)}
-        of_groups["base_lrs"] = [group["initial_lr"] for group in groups]
+        if "base_lrs" in saved:  # reduce_lr_on_plateau has none
+            of_groups["base_lrs"] = [group["initial_lr"] for group in groups]
         of_groups["_last_lr"] = [group["lr"] for group in groups]
         return {key: of_groups.get(key, value) for key, value in saved.items()}
 
