@@ -151,7 +151,9 @@ def main(argv: list[str]) -> int:
         rows, places = read_prompts(args.prompt_file) if args.prompt_file else ([{"prompt": args.prompt}], ["--prompt"])
         model, tokenizer, folder = load(args)
         if args.classify:
-            if not (folder / "label_words.json").is_file():
+            # A checkpoint's are those of its run, one folder up.
+            folder = next((f for f in (folder, folder.parent) if (f / "label_words.json").is_file()), None)
+            if folder is None:
                 raise ValueError(f"{args.adapter} was not trained on text and label rows: leave out --classify")
             for word, share in classify(model, tokenizer, folder, args.prompt)[:5]:
                 print(f"{share:6.1%}  {word}")

@@ -123,6 +123,8 @@ def test_a_checkpoint_folder_and_a_hub_id(adapted, generate, tmp_path, monkeypat
     expected = generate("--adapter", adapted[0], *flags)[:2]
     assert expected[0] == 0 and expected[1].strip()
     assert generate("--adapter", checkpoint, *flags)[:2] == expected
+    (tmp_path / "label_words.json").write_text(json.dumps(["bank", "home"]))  # in the folder of the checkpoint's run
+    assert generate("--adapter", checkpoint, "--classify", "--prompt", "pay a bill")[0] == 0
     assert generate("--adapter", "acme/adapter", "--adapter_revision", "v1", *flags)[:2] == expected
 
 
