@@ -122,6 +122,22 @@ def test_unsupported_deepspeed_settings_are_refused(flags, tmp_path, setting, na
         train(parse_flags(argv({**flags, "deepspeed": path})))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'{"zero_optimization": true}', "zero_optimization must be a JSON object of its settings, got True"),
+        (b'{"bf16": true}', "bf16 must be a JSON object"),
+        (b'{"zero_optimization": {"offload_param": "cpu"}}', r"zero_optimization\.offload_param must be a JSON object"),
+        (b'{"a": "\xff"}', r"--deepspeed .*ds\.json is not valid JSON"),
+    ],
+)
+def test_a_deepspeed_config_of_the_wrong_form_is_named(flags, tmp_path, text, message):
+    path = tmp_path / "ds.json"
+    path.write_bytes(text)
+    with pytest.raises(UserError, match=message):
+        train(parse_flags(argv({**flags, "deepspeed": path})))
+
+
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
 def test_an_engine_in_half_precision_is_asked_for_twice(flags, name):
     flags = {**flags, "deepspeed": f"ds_configs/zero2_{name}.json", "adapter_dtype": "float32"}
@@ -157,6 +173,12 @@ def test_unknown_flags_and_settings_are_refused(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("lora_alhpa: 8\n")
     with pytest.raises(UserError, match=r"run\.yaml: unknown setting 'lora_alhpa': did you mean lora_alpha"):
+        parse_flags([str(path)])
+    path.write_text("1: 2\n")
+    with pytest.raises(UserError, match=r"run\.yaml: unknown setting 1: see --help_all"):
+        parse_flags([str(path)])
+    path.write_bytes(b"r: \xff\n")
+    with pytest.raises(UserError, match=r"run\.yaml is not valid YAML or JSON"):
         parse_flags([str(path)])
     with pytest.raises(UserError, match="invalid choice: 'soft'"):
         parse_flags(["--router", "soft"])
