@@ -70,7 +70,16 @@ class ChoiceData:
     @property
     def longest_row(self) -> int:
         """Tokens of the longest training row, answer included."""
-        return max(len(q.prompt_ids) + max(map(len, q.candidate_ids)) for q in self.train.questions)
+        return self.train.longest
+
+    def check_positions(self, limit: int | None) -> None:
+        """Refuse questions longer than a model has positions for.
+
+        Raises:
+            DataError: Names the flag.
+        """
+        for questions in filter(None, (self.train, self.validation)):
+            questions.check_positions(limit)
 
 
 def demo_data_defaults() -> dict[str, str]:

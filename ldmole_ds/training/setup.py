@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ldmole_ds.config import LDMoLEConfig
 from ldmole_ds.model import LDMoLEModel, get_ldmole_model
@@ -96,7 +97,9 @@ def accelerator_config(value: str | dict | None) -> dict[str, Any]:
     try:
         if isinstance(value, str):
             value = json.loads(value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8"))
-        return {**(value or {}), "use_configured_state": True}
+        config = {**(value or {}), "use_configured_state": True}
+        AcceleratorConfig(**config)  # refuses names that it does not know
+        return config
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(
             f"--accelerator_config {value}: {error}; give a JSON object, or a file that holds one"
@@ -164,8 +167,7 @@ def build_model(
 ) -> LDMoLEModel:
     """The wrapped model in the run's layout; adapters are float32 unless the engine is bf16 or fp16."""
     training, source = settings["training"], settings["model"]
-    if isinstance(data, SFTData):
-        data.check_positions(getattr(base.config, "max_position_embeddings", None))
+    data.check_positions(getattr(base.config, "max_position_embeddings", None))
     dtype = engine_dtype(training)
     ep_size = resolve_ep_size(settings["layout"].ep_size, config.num_experts, places)
     if settings["layout"].ep_size == "auto" and not training.deepspeed:

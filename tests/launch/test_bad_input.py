@@ -91,6 +91,18 @@ def test_a_broken_row_is_named_by_file_and_line(flags, tmp_path, rows, message):
         train(parse_flags(argv({**flags, "train_file": write(tmp_path, rows)})))
 
 
+@pytest.mark.parametrize("part", ["train_file", "validation_file"])
+def test_a_question_longer_than_the_model_can_read_is_refused(flags, tmp_path, part):
+    rows = [
+        {"text": "pay " * 3000, "label": "bank"},
+        {"text": "go", "label": "travel"},
+        {"text": "lamp", "label": "home"},
+    ]
+    path = write(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"a question has \d+ tokens, but the model has 2048 .*use --max_length 2048"):
+        train(parse_flags(argv({**flags, part: path, "max_length": 100000})))
+
+
 def test_a_resume_that_is_refused_leaves_the_runs_settings(flags):
     flags |= {"save_strategy": "steps", "save_steps": 1, "batch_size_warmup_start": 2, "batch_size_warmup_steps": 1}
     flags |= {"gradient_accumulation_steps": 2, "lambda_hidden_size": 8}

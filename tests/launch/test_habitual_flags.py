@@ -50,6 +50,6 @@ def test_the_accelerators_settings_go_with_deepspeed(tmp_path):
     assert accelerator_config('{"split_batches": true}') == {"split_batches": True, **state}
     (tmp_path / "a.json").write_text('{"even_batches": false}')
     assert accelerator_config(str(tmp_path / "a.json")) == {"even_batches": False, **state}
-    for wrong in ("[1]", "{", str(tmp_path / "b.json")):
+    for wrong in ("[1]", "{", '{"split_batch": true}', str(tmp_path / "b.json")):
         with pytest.raises(ValueError, match="--accelerator_config .*give a JSON object"):
             accelerator_config(wrong)
