@@ -29,6 +29,7 @@ import step_models  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from gpu_step_models import AUTHORS, LORA, OURS, PLAIN, SHAPES, build  # noqa: E402
+from peft_peer import peft_version  # noqa: E402
 
 from ldmole_ds.ops.fused_routing import SWITCH, uses_fused_routing  # noqa: E402
 from ldmole_ds.training.flops import peak_tflops_of  # noqa: E402
@@ -110,9 +111,7 @@ def setting_table(args: argparse.Namespace, found: dict, peak: float | None) -> 
 
 
 def report(args: argparse.Namespace, results: dict, equality: dict[str, float], peak: float | None) -> str:
-    import peft
-
-    found = ", ".join(f"{k} {v}" for k, v in {**versions(), "peft": peft.__version__}.items() if v != "not installed")
+    found = ", ".join(f"{k} {v}" for k, v in {**versions(), "peft": peft_version}.items() if v != "not installed")
     kernel = any(setting[OURS] and setting[OURS]["kernel"] for setting in results.values())
     rated = (
         f"MFU of {peak:g} TFLOPS, by the mathematics' operations." if peak else "No MFU: the device's peak is unknown."

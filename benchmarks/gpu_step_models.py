@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from authors_formulation import AuthorsModel
-from peft import LoraConfig, get_peft_model
+from peft_peer import LoraConfig, get_peft_model
 from step_models import PROJECTIONS, wake
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config

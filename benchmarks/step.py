@@ -1,14 +1,15 @@
 #!/usr/bin/env python
 """One training step (forward and backward) in one process: LD-MoLE against the frozen base, plain LoRA and the authors.
 
+    pip install -e '.[bench]'                                         # PEFT
     OMP_NUM_THREADS=2 python benchmarks/step.py                       # CPU, float32
     python benchmarks/step.py --device cuda --dtype bfloat16 --tokens 8192
 
 A Qwen3 of random weights, all seven projections adapted. Variants: the frozen base (its input embeddings ask for a
 gradient, so that backward runs), PEFT LoRA of rank r and of rank E * r (as many expert parameters as ours), LD-MoLE as
-the authors formulate it (first checked to give our loss and gradients), and ours; a second part has dropout and a wider
-lambda MLP. Each variant takes its turn in every round of one process. Peak memory is that of a process per variant,
-above the loaded model: see `harness.PeakMemory`.
+the authors compute it and in its kindest reading (first checked to give our loss and gradients), and ours; a second
+part has dropout and a wider lambda MLP. Each variant takes its turn in every round of one process. Peak memory is that
+of a process per variant, above the loaded model: see `harness.PeakMemory`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 import harness  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from peft_peer import peft_version  # noqa: E402
 from step_models import AUTHORS, LORA, LORA_WIDE, OURS, batch, check_equal, models, step_of  # noqa: E402
 
 from ldmole_ds.training.run_record import git_revision, versions  # noqa: E402
@@ -81,9 +83,7 @@ def part_table(args: argparse.Namespace, result: dict, bars: dict) -> str:
 
 
 def report(args: argparse.Namespace, results: dict, equality: dict[str, float]) -> str:
-    import peft
-
-    found = ", ".join(f"{k} {v}" for k, v in {**versions(), "peft": peft.__version__}.items() if v != "not installed")
+    found = ", ".join(f"{k} {v}" for k, v in {**versions(), "peft": peft_version}.items() if v != "not installed")
     setting = (
         f"Qwen3 of {args.layers} layers, hidden {args.hidden}, intermediate {args.intermediate}, heads {args.heads} x "
         f"{args.head_dim} ({args.kv_heads} for keys and values), vocabulary {args.vocab}; {args.tokens} tokens in "

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from authors_formulation import AllExpertsLinear, AuthorsModel, OneProductLinear
-from peft import LoraConfig, get_peft_model
+from peft_peer import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
