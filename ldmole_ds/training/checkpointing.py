@@ -78,8 +78,11 @@ class CheckpointableCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if not self.checked and args.save_strategy != "no" and not args.save_only_model:
-            for flat in OptimizerShards(*self.trainer.model_and_optimizer()).flats:
-                flat.moments()
+            try:
+                for flat in OptimizerShards(*self.trainer.model_and_optimizer()).flats:
+                    flat.moments()
+            except ValueError as error:
+                raise CheckpointError(str(error)) from error
         self.checked = True
 
 

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from ldmole_ds.training.arguments import parse_flags
 from ldmole_ds.training.run import train
+from ldmole_ds.training.runtime import UserError
 from ldmole_ds.training.setup import accelerator_config
 
 
@@ -42,6 +43,11 @@ def test_flags_of_training_and_evaluation_leave_the_results_whole(run):
 
 def test_rows_are_grouped_by_length(run):
     assert (run("--train_sampling_strategy=group_by_length") / "report.json").is_file()
+
+
+def test_an_optimizer_that_checkpoints_cannot_hold_is_named(run):
+    with pytest.raises(UserError, match="Adafactor keeps .*checkpoints cannot hold: use --optim adamw_torch"):
+        run("--optim=adafactor", "--save_strategy=steps")
 
 
 def test_the_accelerators_settings_go_with_deepspeed(tmp_path):
