@@ -76,22 +76,13 @@ def check(args: argparse.Namespace) -> None:
 
 def read_prompts(path: Path) -> tuple[list[dict], list[str]]:
     """The rows of a JSON Lines file, and where each stands."""
-    rows, places = [], []
-    # Not splitlines, which also splits at characters that JSON texts may hold.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not valid JSON ({error})") from error
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise ValueError(f'{path}:{number}: expected an object with a text under "prompt"')
-        rows.append(row)
-        places.append(f"{path}:{number}")
-    if not rows:
-        raise ValueError(f'{path} holds no rows: give one object with "prompt" a line')
-    return rows, places
+    from ldmole_ds.tasks.rows import read_rows
+
+    rows = read_rows(path)
+    for row in rows:
+        if not isinstance(row.fields.get("prompt"), str):
+            raise ValueError(f'{row.where}: expected an object with a text under "prompt"')
+    return [dict(row.fields) for row in rows], [row.where for row in rows]
 
 
 def load(args: argparse.Namespace):
@@ -160,7 +151,9 @@ def main(argv: list[str]) -> int:
         rows, places = read_prompts(args.prompt_file) if args.prompt_file else ([{"prompt": args.prompt}], ["--prompt"])
         model, tokenizer, folder = load(args)
         if args.classify:
-            if not (folder / "label_words.json").is_file():
+            # A checkpoint's are those of its run, one folder up.
+            folder = next((f for f in (folder, folder.parent) if (f / "label_words.json").is_file()), None)
+            if folder is None:
                 raise ValueError(f"{args.adapter} was not trained on text and label rows: leave out --classify")
             for word, share in classify(model, tokenizer, folder, args.prompt)[:5]:
                 print(f"{share:6.1%}  {word}")

@@ -91,6 +91,9 @@ def write_report(args: argparse.Namespace) -> Path:
         "router": f"{config.router}, {config.num_experts} experts of rank {config.r}",
         "prompts": f"{len(prompts)} of {source}",
     }
+    idle = sum(len(group.members) for group in model.input_groups) - len(routing.projections)
+    if idle:
+        facts["left out"] = f"{idle} projections that these prompts never reach"
     page = render_page(summarise(routing, prompts, shown=args.show), facts, str(args.adapter))
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8")

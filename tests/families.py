@@ -29,6 +29,9 @@ GPT2_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 128, "bos_t
 GPT2_SIZES.update(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
 BERT_SIZES = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
 
+MLA_SIZES = {**SIZES, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8}
+MLA_SIZES.update(qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=2)
+
 LLAMA_LAYER = ["self_attn: q_proj k_proj v_proj", "self_attn: o_proj", "mlp: gate_proj up_proj", "mlp: down_proj"]
 
 
@@ -71,6 +74,17 @@ CAUSAL = {
         hf.PhiForCausalLM,
         hf.PhiConfig(**SIZES),
         layer=("self_attn.q_proj self_attn.k_proj self_attn.v_proj mlp.fc1", "self_attn: dense", "mlp: fc2"),
+    ),
+    # Latent attention: keys and values are expanded from one head, (B, 1, S, D). No layer has fused experts here.
+    "deepseek_v3": Family(
+        hf.DeepseekV3ForCausalLM,
+        hf.DeepseekV3Config(**MLA_SIZES),
+        layer=(
+            "self_attn: q_a_proj kv_a_proj_with_mqa",
+            "self_attn: q_b_proj",
+            "self_attn: kv_b_proj",
+            *LLAMA_LAYER[1:],
+        ),
     ),
     # Conv1D layers; q, k and v are one. Its head is tied to its embeddings.
     "gpt2": Family(

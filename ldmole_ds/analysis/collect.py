@@ -30,7 +30,7 @@ class Routing:
     """What the routers did with the tokens of some prompts, one prompt after the other.
 
     Attributes:
-        projections: Full module names, in the model's order, J.
+        projections: Full module names, in the model's order, J: those that the prompts reach.
         groups: Members of each input group as indices into ``projections``, N.
         counts_TJ: uint16, experts per token.
         lam_TN: float32, lambda per token and group; None for routers without one.
@@ -48,7 +48,7 @@ class _Trace:
     """Stands in for `RoutingStatistics` during a pass: keeps the choices for each token instead of their sums."""
 
     def __init__(self, model: LDMoLEModel) -> None:
-        self.groups = [group.name for group in model.input_groups]
+        self.groups = [group.name for group in model.input_groups]  # from the first pass on: those that run
         self.counts: list[np.ndarray] = []
         self.lambdas: list[np.ndarray] = []
         self.load = {group.name: 0 for group in model.input_groups}
@@ -57,9 +57,12 @@ class _Trace:
     def add(self, batches: list, records: list[RoutingRecord]) -> None:
         """Add one forward pass."""
         by_group = {record.group: record for record in records}
-        missing = [name for name in self.groups if name not in by_group]
-        if missing:
-            raise ValueError(f"{missing[0]} did not run on these prompts, so that there is no routing of it to report")
+        if not self.counts:  # some never run on text: Mamba's dt_proj, a vision tower
+            self.groups = [name for name in self.groups if name in by_group]
+        missing = sorted(by_group.keys() ^ set(self.groups))
+        if missing or not self.groups:
+            name = (missing or ["the adapted part of the model"])[0]
+            raise ValueError(f"{name} did not run on all of these prompts, so that there is no routing of it to report")
         counts, lambdas = [], []
         for name in self.groups:
             record = by_group[name]
@@ -117,7 +120,7 @@ def collect_routing(
         on_batch: Called after each with its number of prompts, for a progress bar.
 
     Raises:
-        ValueError: The adapter has no router (plain LoRA).
+        ValueError: The adapter has no router (plain LoRA), or a projection runs on some of the prompts only.
     """
     if model.input_groups[0].gate is None:
         raise ValueError("this adapter is plain LoRA: one expert serves every token, and there is no routing to report")
@@ -144,7 +147,7 @@ def _in_order(model: LDMoLEModel, trace: _Trace, prompts: Sequence[Prompt], orde
     place = {prompt: position for position, prompt in enumerate(order)}
     rows = np.concatenate([np.arange(starts[place[i]], starts[place[i] + 1]) for i in range(len(prompts))])
     projections, groups = [], []
-    for group in model.input_groups:
+    for group in filter(lambda group: group.name in trace.groups, model.input_groups):
         groups.append(list(range(len(projections), len(projections) + len(group.members))))
         projections += group.members
     return Routing(
@@ -152,5 +155,5 @@ def _in_order(model: LDMoLEModel, trace: _Trace, prompts: Sequence[Prompt], orde
         groups,
         np.concatenate(trace.counts)[rows],
         np.concatenate(trace.lambdas)[rows] if trace.lambdas else None,
-        [load for group in model.input_groups for load in trace.load[group.name].numpy()],
+        [load for name in trace.groups for load in trace.load[name].numpy()],
     )

@@ -70,6 +70,8 @@ class ForwardContext:
         mask = self.padding_mask
         if mask is None:
             return None
+        if x.dim() == 4 and 1 in x.shape[1:3]:  # the one head of latent attention: (B, 1, S, D), or (B, S, 1, D)
+            x = x.squeeze(1 if x.shape[1] == 1 else 2)
         if x.dim() == 3 and x.shape[0] == mask.shape[0]:
             # With a KV cache the mask covers past tokens too: the last columns are those of this call.
             if x.shape[1] <= mask.shape[1]:

@@ -32,7 +32,8 @@ def read_rows(path: str | Path) -> list[Row]:
     The form is told by the content, not by the name: a file whose first character is `[` is a list.
 
     Raises:
-        DataError: The file is missing, empty, not UTF-8, not JSON, or holds something other than objects.
+        DataError: The file is missing, empty, not UTF-8, not JSON, or holds something other than objects of whole
+            characters.
     """
     path = Path(path)
     try:
@@ -47,6 +48,9 @@ def read_rows(path: str | Path) -> list[Row]:
     rows = [_row(value, f"{path}:{line}") for line, value in values]
     if not rows:
         raise DataError(f"{path}: the file has no rows; expected one JSON object a line")
+    if "\\ud" in text.lower():
+        for row in rows:
+            _refuse_half_characters(row)
     return rows
 
 
@@ -66,6 +70,17 @@ def _row(value: Any, where: str) -> Row:
     if not isinstance(value, Mapping):
         raise DataError(f"{where}: the row is {_json_type(value)}; expected a JSON object")
     return Row(where, value)
+
+
+def _refuse_half_characters(row: Row) -> None:
+    """JSON can escape one half of a surrogate pair alone, which no tokenizer takes and no file can be written with."""
+    try:
+        json.dumps(row.fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("ascii", "backslashreplace").decode()
+        raise DataError(
+            f"{row.where}: the row holds {half}, half of a character; expected both halves, as in \\ud83d\\ude00"
+        ) from None
 
 
 def _lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:

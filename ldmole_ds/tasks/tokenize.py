@@ -127,6 +127,27 @@ class ChoiceDataset(Dataset):
         """Accuracy of guessing: the mean of 1 / (number of options)."""
         return sum(1 / len(question.candidate_ids) for question in self.questions) / len(self.questions)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each question with its right answer."""
+        return [len(q.prompt_ids) + len(q.candidate_ids[q.gold]) for q in self.questions]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest question with its longest candidate."""
+        return max(len(q.prompt_ids) + max(map(len, q.candidate_ids)) for q in self.questions)
+
+    def check_positions(self, limit: int | None) -> None:
+        """Refuse questions longer than a model has positions for.
+
+        Raises:
+            DataError: Names the flag.
+        """
+        if limit is not None and self.longest > limit:
+            raise DataError(
+                f"a question has {self.longest} tokens, but the model has {limit} positions: use --max_length {limit}"
+            )
+
     def __len__(self) -> int:
         return len(self.questions)
 

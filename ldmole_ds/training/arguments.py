@@ -19,6 +19,7 @@ from ldmole_ds.training.argument_groups import (
     ModelArguments,
 )
 from ldmole_ds.training.batch import BatchArguments
+from ldmole_ds.training.flag_values import check_flag_values
 from ldmole_ds.training.flags import Formatter, raise_user_error
 from ldmole_ds.training.runtime import UserError
 from ldmole_ds.training.settings_file import as_argv, read_settings_file
@@ -95,6 +96,7 @@ def parse_flags(argv: list[str], demo_defaults: dict | None = None) -> Namespace
     flags, rest = parser.parse_known_args(argv)
     if rest:
         raise UserError(f"unknown argument {' '.join(rest)}: see --help, or --help_all for Hugging Face's flags")
+    check_flag_values(flags)
     flags.given = _given(parser, argv) | _preset(flags.preset).keys()
     return flags
 

@@ -78,8 +78,11 @@ class CheckpointableCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if not self.checked and args.save_strategy != "no" and not args.save_only_model:
-            for flat in OptimizerShards(*self.trainer.model_and_optimizer()).flats:
-                flat.moments()
+            try:
+                for flat in OptimizerShards(*self.trainer.model_and_optimizer()).flats:
+                    flat.moments()
+            except ValueError as error:
+                raise CheckpointError(str(error)) from error
         self.checked = True
 
 
@@ -190,7 +193,8 @@ class CheckpointMixin:
         """The saved state for this layout's parameter groups, whose number may be another (experts have their own)."""
         groups, fresh = self.optimizer.param_groups, self.lr_scheduler.state_dict()
         of_groups = {k: v for k, v in fresh.items() if isinstance(v, list) and len(v) == len(groups)}
-        of_groups["base_lrs"] = [group["initial_lr"] for group in groups]
+        if "base_lrs" in saved:  # reduce_lr_on_plateau has none
+            of_groups["base_lrs"] = [group["initial_lr"] for group in groups]
         of_groups["_last_lr"] = [group["lr"] for group in groups]
         return {key: of_groups.get(key, value) for key, value in saved.items()}
 

@@ -54,11 +54,17 @@ def check_trainable(model: LDMoLEModel, args: TrainingArguments, zero_stage: int
             f"ep_size={model.topology.ep_size} with ZeRO stage 0 would clip gradients wrongly and lose experts on "
             "save: use ds_configs/zero1.json or higher, or --ep_size 1"
         )
-    if (partitioned or zero_stage == 3) and not args.accelerator_config.even_batches:
+    if args.world_size > 1 and not args.accelerator_config.even_batches:
         raise ValueError(
             "even_batches false in --accelerator_config would leave ranks with more batches waiting forever for ranks "
             "with fewer: leave it out"
         )
+    for name in ("split_batches", "dispatch_batches"):
+        if args.world_size > 1 and getattr(args.accelerator_config, name):
+            raise ValueError(
+                f"{name} in --accelerator_config does not go with rows of different lengths, nor with batch sizes that "
+                "count the rows of each rank: leave it out"
+            )
     if getattr(args, "loss_type", "nll") == "dft":
         raise ValueError("--loss_type dft is not supported: the loss is the model's cross-entropy; use --loss_type nll")
     if zero_stage == 3 and args.should_log and has_quantized_layers(model):

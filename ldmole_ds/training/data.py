@@ -70,7 +70,16 @@ class ChoiceData:
     @property
     def longest_row(self) -> int:
         """Tokens of the longest training row, answer included."""
-        return max(len(q.prompt_ids) + max(map(len, q.candidate_ids)) for q in self.train.questions)
+        return self.train.longest
+
+    def check_positions(self, limit: int | None) -> None:
+        """Refuse questions longer than a model has positions for.
+
+        Raises:
+            DataError: Names the flag.
+        """
+        for questions in filter(None, (self.train, self.validation)):
+            questions.check_positions(limit)
 
 
 def demo_data_defaults() -> dict[str, str]:
@@ -166,6 +175,25 @@ def _encoded(
     )
 
 
+def check_sources(arguments: DataArguments) -> None:
+    """Refuse what would be passed over: a second source of rows, and splits of rows that have none.
+
+    Raises:
+        DataError: Names the flag and the remedy.
+    """
+    if arguments.dataset_name:
+        for flag in ("train_file", "validation_file"):
+            if getattr(arguments, flag):
+                raise DataError(f"--{flag} is for rows in files and --dataset_name for those of the hub: give one")
+    elif not arguments.task:
+        for flag, default in (("train_split", "train"), ("validation_split", None), ("dataset_config_name", None)):
+            if getattr(arguments, flag) != default:
+                raise DataError(
+                    f"--{flag} {getattr(arguments, flag)} is for --dataset_name and --task: held-out rows of your own "
+                    "come from --validation_file"
+                )
+
+
 def _label_words(path: str | None) -> dict[str, str] | None:
     if path is None:
         return None
@@ -185,16 +213,16 @@ def _hub_questions(arguments: DataArguments, label_words: dict | None, columns: 
     name, validation_split = arguments.dataset_name, arguments.validation_split or "validation"
     try:
         train_rows = load_dataset(name, arguments.dataset_config_name, split=arguments.train_split)
-        splits = get_dataset_split_names(name, arguments.dataset_config_name)
-        has_validation = validation_split in splits
+        asked = arguments.validation_split is not None  # also of a part, such as train[90%:]
+        has_validation = asked or validation_split in get_dataset_split_names(name, arguments.dataset_config_name)
         validation_rows = (
             load_dataset(name, arguments.dataset_config_name, split=validation_split) if has_validation else None
         )
     except Exception as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise DataError(
-            f"--dataset_name {name!r} could not be loaded: {first} -- check the name, --dataset_config_name and "
-            "--train_split, or give --train_file"
+            f"--dataset_name {name!r} could not be loaded: {first} -- check the name, --dataset_config_name, "
+            "--train_split and --validation_split, or give --train_file"
         ) from error
     feature = train_rows.features.get(columns["label_column"] or "label")
     names = feature.names if isinstance(feature, ClassLabel) else None

@@ -8,23 +8,36 @@ from typing import Any
 
 from ldmole_ds.training.runtime import UserError
 
+_SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "tensor_parallel", "pipeline")
+_OFFLOAD = ("offload_optimizer", "offload_param")
+
 
 def read_ds_config(path: str) -> dict[str, Any]:
     """The JSON of ``--deepspeed``.
 
     Raises:
-        UserError: Missing, or not a JSON object.
+        UserError: Missing, or not a JSON object of such objects.
     """
     file = Path(path)
     if not file.is_file():
         raise UserError(f"--deepspeed {path} does not exist: give a DeepSpeed config, such as ds_configs/zero2.json")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not UTF-8
         raise UserError(f"--deepspeed {path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"--deepspeed {path} must hold a JSON object")
+    sections = {name: config.get(name) for name in _SECTIONS}
+    _refuse_other_than_objects(sections, path)
+    zero = sections["zero_optimization"] or {}
+    _refuse_other_than_objects({f"zero_optimization.{name}": zero.get(name) for name in _OFFLOAD}, path)
     return config
+
+
+def _refuse_other_than_objects(sections: dict[str, Any], path: str) -> None:
+    for name, value in sections.items():
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"--deepspeed {path}: {name} must be a JSON object of its settings, got {value!r}")
 
 
 def _size(value: Any) -> int:

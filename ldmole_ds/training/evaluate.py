@@ -124,6 +124,8 @@ def evaluate(flags: Namespace) -> list[TaskResult]:
         model, tokenizer = load_model(asked, model_flags)
         model.to(torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device != "cpu" else device)
         datasets = [ChoiceDataset.from_questions(rows, tokenizer, asked.max_length or 512) for rows in questions]
+        for dataset in datasets:
+            dataset.check_positions(getattr(model.config, "max_position_embeddings", None))
     results, begin = [], time.perf_counter()
     with tqdm(total=sum(map(len, datasets)), unit="row", disable=not is_main_process()) as bar:
         for task, dataset in zip(tasks, datasets, strict=True):

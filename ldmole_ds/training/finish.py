@@ -31,7 +31,7 @@ def finish(
     begin = time.perf_counter()
     try:
         result = trainer.train(resume_from_checkpoint=resume)
-    except CheckpointError as error:
+    except (CheckpointError, ImportError) as error:  # ImportError: a setting needs a package
         raise UserError(str(error)) from error
     if trainer.preemption.stopped_by:
         if is_main_process():
@@ -48,11 +48,12 @@ def finish(
     metrics = dict(result.metrics)
     evaluation: dict[str, float] = {}
     routing_rows: dict[str, dict] = {}
+    with agreed("saving"):
+        trainer.save_model()  # first: --bf16_full_eval casts the weights
     if data.validation is not None:
         evaluation = trainer.evaluate()
         routing_rows = trainer.eval_routing.summary(reduce=model.topology.world_size > 1)
     with agreed("saving"):
-        trainer.save_model()
         trainer.save_metrics("train", metrics)
         if evaluation:
             trainer.save_metrics("eval", evaluation)

@@ -29,6 +29,7 @@ from ldmole_ds.training.ds_config import check_ds_config, check_precision, read_
 from ldmole_ds.training.finish import finish
 from ldmole_ds.training.memory import MemoryOfTraining
 from ldmole_ds.training.metrics_file import MetricsFileCallback
+from ldmole_ds.training.optimizer_check import check_optimizer
 from ldmole_ds.training.packing_check import PackingCheckCallback
 from ldmole_ds.training.placement import gather_places, placement_table
 from ldmole_ds.training.preemption import EXIT_PREEMPTED
@@ -76,7 +77,11 @@ def train(flags: Namespace) -> None:
             load_state(model, start, source=flags.adapter_name_or_path)
     with agreed("trainer"):
         warmup = batch_size_warmup(settings["batch"])
-        trainer = build_trainer(model, tokenizer, data, training, warmup)
+        check_optimizer(training, model)
+        try:
+            trainer = build_trainer(model, tokenizer, data, training, warmup)
+        except RuntimeError as error:  # a package that --report_to needs
+            raise ValueError(str(error)) from error
     if is_main_process():
         record = {name: group.to_dict() if name == "training" else asdict(group) for name, group in settings.items()}
         resolved = {"world_size": model.topology.world_size, "ep_size": model.topology.ep_size}
@@ -112,6 +117,7 @@ def quiet_libraries() -> None:
 def choice_metrics(data: ChoiceData) -> Callable[[EvalPrediction], dict[str, float]]:
     """What the Trainer calls after each evaluation: `task_metrics` of the held-out rows, whose order it keeps.
 
+    Its ``loss`` takes the place of the Trainer's, in which rows that fill up the last batch of all ranks count twice.
     It also leaves the answers in ``data``.
     """
     validation = data.validation
@@ -122,7 +128,8 @@ def choice_metrics(data: ChoiceData) -> Callable[[EvalPrediction], dict[str, flo
         tasks = [question.task for question in validation.questions]
         answers = np.argmax(prediction.predictions, axis=-1)
         data.note_answers(answers.tolist())
-        return task_metrics(tasks, answers, prediction.label_ids)
+        right = np.take_along_axis(prediction.predictions, prediction.label_ids[:, None], axis=-1)
+        return {"loss": -float(right.mean(dtype="float64")), **task_metrics(tasks, answers, prediction.label_ids)}
 
     return metrics
 

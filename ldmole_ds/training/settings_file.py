@@ -18,7 +18,7 @@ def read_settings_file(path: Path) -> dict:
         raise UserError(f"{path} does not exist: give a YAML or JSON file of settings, or flags only")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML or JSON: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a mapping of settings, such as `r: 16`")
@@ -34,7 +34,7 @@ def as_argv(values: dict, known: Collection[str], path: Path) -> list[str]:
     argv: list[str] = []
     for key, value in values.items():
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
+            close = difflib.get_close_matches(str(key), known, n=1)
             hint = f": did you mean {close[0]}?" if close else ": see --help_all"
             raise UserError(f"{path}: unknown setting {key!r}{hint}")
         if value is None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ldmole_ds.config import LDMoLEConfig
 from ldmole_ds.model import LDMoLEModel, get_ldmole_model
@@ -18,7 +21,7 @@ from ldmole_ds.tasks.demo import EMBEDDED
 from ldmole_ds.training.argument_groups import DataArguments, LayoutArguments, LDMoLETrainingArguments, ModelArguments
 from ldmole_ds.training.arguments import build
 from ldmole_ds.training.batch import BatchArguments, accumulation_steps, batch_size_warmup, scaled_learning_rate
-from ldmole_ds.training.data import ChoiceData, load_choice_data
+from ldmole_ds.training.data import ChoiceData, check_sources, load_choice_data
 from ldmole_ds.training.placement import Place, fits_in_nodes
 from ldmole_ds.training.runtime import agreed
 from ldmole_ds.training.sft import SFTData, is_sft_data, load_sft_data
@@ -39,7 +42,7 @@ def resolve_ep_size(ep_size: str, num_experts: int, places: Sequence[Place]) -> 
     if ep_size == "auto":
         dividing = [p for p in range(world_size, 0, -1) if not (num_experts % p or world_size % p)]
         return next(p for p in dividing if fits_in_nodes(p, places))
-    if not ep_size.isdigit() or int(ep_size) < 1:
+    if not ep_size.isdecimal() or int(ep_size) < 1:
         raise ValueError(f"--ep_size must be auto or a whole number of at least 1, got {ep_size!r}")
     size = int(ep_size)
     if world_size % size:
@@ -53,9 +56,11 @@ def resolve_ep_size(ep_size: str, num_experts: int, places: Sequence[Place]) -> 
 
 def build_settings(flags: Namespace, device: str) -> dict[str, Any]:
     """The argument groups, with the accelerate state that `runtime.start` has made."""
-    overrides: dict[str, Any] = {"remove_unused_columns": False, "label_names": ["labels"]}
-    if flags.deepspeed:
-        overrides["accelerator_config"] = {"use_configured_state": True}
+    overrides: dict[str, Any] = {
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "eval_do_concat_batches": True,
+    }
     if device == "cpu":
         overrides["use_cpu"] = True
     if flags.output_dir is None:
@@ -71,6 +76,8 @@ def build_settings(flags: Namespace, device: str) -> dict[str, Any]:
         warmup = batch_size_warmup(batch)
         if warmup is not None:
             warmup.check(rows, world_size)
+        if flags.deepspeed:
+            overrides["accelerator_config"] = accelerator_config(flags.accelerator_config)
         overrides["learning_rate"] = scaled_learning_rate(batch, flags.learning_rate, rows)
         return {
             "model": build(flags, ModelArguments),
@@ -79,6 +86,24 @@ def build_settings(flags: Namespace, device: str) -> dict[str, Any]:
             "batch": batch,
             "training": build(flags, LDMoLETrainingArguments, **overrides),
         }
+
+
+def accelerator_config(value: str | dict | None) -> dict[str, Any]:
+    """What ``--accelerator_config`` says, a JSON object or a file of one, with the state that `runtime.start` made.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    try:
+        if isinstance(value, str):
+            value = json.loads(value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8"))
+        config = {**(value or {}), "use_configured_state": True}
+        AcceleratorConfig(**config)  # refuses names that it does not know
+        return config
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"--accelerator_config {value}: {error}; give a JSON object, or a file that holds one"
+        ) from error
 
 
 def model_source(model: ModelArguments) -> dict[str, Any]:
@@ -96,6 +121,7 @@ def load_data(settings: dict[str, Any]) -> tuple[Any, ChoiceData | SFTData]:
     tokenizer = data = None
     arguments = settings["data"]
     with agreed("tokenizer and data"):
+        check_sources(arguments)
         try:
             tokenizer = load_tokenizer(**model_source(settings["model"]))
         except RuntimeError as error:
@@ -112,6 +138,8 @@ def load_data(settings: dict[str, Any]) -> tuple[Any, ChoiceData | SFTData]:
             settings["training"].eval_on_start = False
             if settings["training"].eval_strategy != "no":
                 raise ValueError("--eval_strategy needs held-out rows: give --validation_file, or --eval_strategy no")
+        if settings["training"].train_sampling_strategy == "batch_rebalance":
+            raise ValueError("--train_sampling_strategy batch_rebalance is not supported: use group_by_length")
     return tokenizer, data
 
 
@@ -147,8 +175,7 @@ def build_model(
 ) -> LDMoLEModel:
     """The wrapped model in the run's layout; adapters are float32 unless DeepSpeed's engine is bf16 or fp16."""
     training, source = settings["training"], settings["model"]
-    if isinstance(data, SFTData):
-        data.check_positions(getattr(base.config, "max_position_embeddings", None))
+    data.check_positions(getattr(base.config, "max_position_embeddings", None))
     dtype = engine_dtype(training)
     ep_size = resolve_ep_size(settings["layout"].ep_size, config.num_experts, places)
     if settings["layout"].ep_size == "auto" and not training.deepspeed:

@@ -150,17 +150,19 @@ def _documents(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, par
 def _has_validation(arguments: DataArguments) -> bool:
     if not arguments.dataset_name:
         return arguments.validation_file is not None
+    if arguments.validation_split:
+        return True
     from datasets import get_dataset_split_names
 
     splits = get_dataset_split_names(arguments.dataset_name, arguments.dataset_config_name)
-    return (arguments.validation_split or "validation") in splits
+    return "validation" in splits
 
 
 def _hub_split(arguments: DataArguments, split: str) -> Any:
     try:
         return load_hub_rows(arguments.dataset_name, arguments.dataset_config_name, split)
     except DataError as error:
-        remedy = "check the name, --dataset_config_name and --train_split, or give --train_file"
+        remedy = "check the name, --dataset_config_name and the splits asked for, or give --train_file"
         raise DataError(f"--dataset_name: {error} -- {remedy}") from error
 
 

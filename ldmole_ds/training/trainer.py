@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers.trainer_pt_utils import get_parameter_names
 
 from ldmole_ds.distributed import deepspeed_groups
@@ -20,6 +21,7 @@ from ldmole_ds.training.batch_warmup import BatchWarmupLoop
 from ldmole_ds.training.checkpointing import CheckpointableCallback, CheckpointMixin
 from ldmole_ds.training.checks import check_trainable
 from ldmole_ds.training.flops import device_peak_tflops
+from ldmole_ds.training.length_groups import LengthGroups, row_lengths
 from ldmole_ds.training.live_metrics import LogWindow, TokenCounts, count_tokens
 from ldmole_ds.training.preemption import PreemptionCallback
 from ldmole_ds.training.step_loss import StepLossMixin
@@ -118,6 +120,21 @@ class LDMoLETrainer(CheckpointMixin, StepLossMixin, BatchWarmupLoop):
                 optimizer.param_groups[:] = deepspeed_groups.split_expert_param_groups(optimizer.param_groups)
         return self.optimizer
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        """The Trainer's, but for grouping by length, see `LengthGroups`."""
+        dataset, args = train_dataset if train_dataset is not None else self.train_dataset, self.args
+        if args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return LengthGroups(row_lengths(dataset), step, seed)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        """Held-out rows stay in their order."""
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(eval_dataset, "__len__"):
+            return super()._get_eval_sampler(eval_dataset)
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Every trainable parameter but biases and norms."""
         forbidden = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -161,6 +178,14 @@ class LDMoLETrainer(CheckpointMixin, StepLossMixin, BatchWarmupLoop):
         """Count what came after the last log. Collective."""
         if self.log_window.tokens.real:
             self._training_metrics()
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:
+        """The Trainer's; ``dataloader_drop_last`` is for training: every held-out row counts."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The Trainer's evaluation; its routing, traffic and time do not count into the training logs."""

@@ -7,10 +7,12 @@ import re
 import numpy as np
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from ldmole_ds.analysis import Prompt, collect_routing, render_page, summarise
 from ldmole_ds.analysis.names import grid_of
 from ldmole_ds.analysis.source import file_prompts, task_prompts
+from ldmole_ds.model import get_ldmole_model
 from ldmole_ds.tasks import demo_files
 from tests.browser import MISSING, find_browser, open_page
 from tests.tiny import tiny_config, tiny_model
@@ -50,6 +52,16 @@ def records_of(model, prompt):
     for dispatcher in dispatchers:
         del dispatcher.run
     return torch.cat([(found[group.name] > 0) for group in model.input_groups], 1)
+
+
+def test_what_no_prompt_reaches_is_left_out():
+    """Mamba's mixer reads dt_proj's weight by itself."""
+    base = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4))
+    model = get_ldmole_model(base, tiny_config()).eval()
+    routing = collect_routing(model, some_prompts())
+    assert len(routing.projections) == 6 and not any("dt_proj" in name for name in routing.projections)
+    assert routing.counts_TJ.shape == (sum(LENGTHS), 6) and len(routing.load_JE) == 6
+    assert sorted(sum(routing.groups, [])) == list(range(6))
 
 
 def test_collected_is_what_every_prompt_does_alone(collected):

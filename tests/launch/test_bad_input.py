@@ -54,6 +54,17 @@ def write(folder, text: str):
         ({"label_words": "missing.json"}, r"--label_words missing\.json"),
         ({"router": "topk", "topk": 9}, r"topk=9 is more than num_experts=8"),
         ({"max_length": 1}, r"max_length"),
+        ({"validation_split": "0.1"}, r"--validation_split 0\.1 is for --dataset_name and --task.*--validation_file"),
+        ({"dataset_name": "some/set"}, r"--train_file is for rows in files and --dataset_name for those of the hub"),
+        ({"optim": "galore_adamw"}, r"--optim galore_adamw cannot be used: .*galore_torch"),
+        ({"adam_beta1": 2}, r"--optim adamw_torch_fused cannot be used: Invalid beta"),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay"},
+            r"--lr_scheduler_type warm.*num_decay_steps.*--lr_sched",
+        ),
+        ({"report_to": "dvclive"}, r"DVCLiveCallback requires dvclive"),
+        ({"train_sampling_strategy": "batch_rebalance"}, r"batch_rebalance is not supported"),
+        ({"use_liger_kernel": True}, r"liger-kernel"),
         ({"activation_checkpointing_kwargs": '{"use_reentrant": true}'}, r"reentrant.*pass use_reentrant=False"),
     ],
 )
@@ -78,6 +89,18 @@ def test_one_sentence_with_the_remedy(flags, change, message):
 def test_a_broken_row_is_named_by_file_and_line(flags, tmp_path, rows, message):
     with pytest.raises(UserError, match=message):
         train(parse_flags(argv({**flags, "train_file": write(tmp_path, rows)})))
+
+
+@pytest.mark.parametrize("part", ["train_file", "validation_file"])
+def test_a_question_longer_than_the_model_can_read_is_refused(flags, tmp_path, part):
+    rows = [
+        {"text": "pay " * 3000, "label": "bank"},
+        {"text": "go", "label": "travel"},
+        {"text": "lamp", "label": "home"},
+    ]
+    path = write(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"a question has \d+ tokens, but the model has 2048 .*use --max_length 2048"):
+        train(parse_flags(argv({**flags, part: path, "max_length": 100000})))
 
 
 def test_a_resume_that_is_refused_leaves_the_runs_settings(flags):
@@ -111,11 +134,49 @@ def test_unsupported_deepspeed_settings_are_refused(flags, tmp_path, setting, na
         train(parse_flags(argv({**flags, "deepspeed": path})))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'{"zero_optimization": true}', "zero_optimization must be a JSON object of its settings, got True"),
+        (b'{"bf16": true}', "bf16 must be a JSON object"),
+        (b'{"zero_optimization": {"offload_param": "cpu"}}', r"zero_optimization\.offload_param must be a JSON object"),
+        (b'{"a": "\xff"}', r"--deepspeed .*ds\.json is not valid JSON"),
+    ],
+)
+def test_a_deepspeed_config_of_the_wrong_form_is_named(flags, tmp_path, text, message):
+    path = tmp_path / "ds.json"
+    path.write_bytes(text)
+    with pytest.raises(UserError, match=message):
+        train(parse_flags(argv({**flags, "deepspeed": path})))
+
+
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
 def test_an_engine_in_half_precision_is_asked_for_twice(flags, name):
     flags = {**flags, "deepspeed": f"ds_configs/zero2_{name}.json", "adapter_dtype": "float32"}
     with pytest.raises(UserError, match=rf"zero2_{name}\.json enables {name}: add --{name}, or, .*--dtype bfloat16"):
         train(parse_flags(argv(flags)))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("model_name_or_path", "", "--model_name_or_path is empty: give a value, or leave it out"),
+        ("deepspeed", "", "--deepspeed is empty"),
+        ("adapter_name_or_path", "", "--adapter_name_or_path is empty"),
+        ("learning_rate", "nan", "--learning_rate must be a finite number, got nan"),
+        ("learning_rate", "inf", "--learning_rate must be a finite number, got inf"),
+        ("max_grad_norm", "nan", "--max_grad_norm must be a finite number"),
+        ("weight_decay", "-0.1", "--weight_decay must be 0 or more, got -0.1"),
+        ("label_smoothing_factor", "1", "--label_smoothing_factor must be below 1"),
+        ("per_device_train_batch_size", "0", "--per_device_train_batch_size must be a whole number of at least 1"),
+        ("per_device_eval_batch_size", "0", "--per_device_eval_batch_size must be a whole number of at least 1"),
+        ("gradient_accumulation_steps", "-2", "--gradient_accumulation_steps must be a whole number of at least 1"),
+    ],
+)
+def test_values_that_no_run_can_want_are_refused_while_flags_are_read(flag, value, message):
+    with pytest.raises(UserError, match=message):
+        parse_flags([f"--{flag}={value}"])
+    parse_flags(["--run_name=", "--max_grad_norm=inf", "--learning_rate=0"])
 
 
 def test_unknown_flags_and_settings_are_refused(tmp_path):
@@ -124,6 +185,12 @@ def test_unknown_flags_and_settings_are_refused(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("lora_alhpa: 8\n")
     with pytest.raises(UserError, match=r"run\.yaml: unknown setting 'lora_alhpa': did you mean lora_alpha"):
+        parse_flags([str(path)])
+    path.write_text("1: 2\n")
+    with pytest.raises(UserError, match=r"run\.yaml: unknown setting 1: see --help_all"):
+        parse_flags([str(path)])
+    path.write_bytes(b"r: \xff\n")
+    with pytest.raises(UserError, match=r"run\.yaml is not valid YAML or JSON"):
         parse_flags([str(path)])
     with pytest.raises(UserError, match="invalid choice: 'soft'"):
         parse_flags(["--router", "soft"])

@@ -123,6 +123,8 @@ def test_a_checkpoint_folder_and_a_hub_id(adapted, generate, tmp_path, monkeypat
     expected = generate("--adapter", adapted[0], *flags)[:2]
     assert expected[0] == 0 and expected[1].strip()
     assert generate("--adapter", checkpoint, *flags)[:2] == expected
+    (tmp_path / "label_words.json").write_text(json.dumps(["bank", "home"]))  # in the folder of the checkpoint's run
+    assert generate("--adapter", checkpoint, "--classify", "--prompt", "pay a bill")[0] == 0
     assert generate("--adapter", "acme/adapter", "--adapter_revision", "v1", *flags)[:2] == expected
 
 
@@ -156,7 +158,8 @@ def test_one_sentence_and_exit_code_2(adapted, generate, prompt_file, tiny_model
     ("line", "message"),
     [
         ("{", "in.jsonl:2: not valid JSON"),
-        ('["a"]', 'in.jsonl:2: expected an object with a text under "prompt"'),
+        ('["a"]', "in.jsonl:2: the row is a list"),
+        ('{"prompt": "a", "id": "\\ud83d"}', "in.jsonl:2: the row holds \\ud83d, half of a character"),
         ('{"text": "a"}', 'in.jsonl:2: expected an object with a text under "prompt"'),
         ('{"prompt": ""}', "in.jsonl:2: the prompt has no tokens"),
     ],

@@ -42,6 +42,7 @@ def test_items_of_a_list_have_the_line_they_start_on(write):
         ('[{"a": 1}', ":1: ", "no comma or ]"),
         ('[{"a": 1}]\n\n{"a": 2}', ":3: ", "text after the end of the list"),
         (b'{"a": 1}\n{"a": "\xff"}\n', ":2: ", "not UTF-8"),
+        ('{"a": "\\ud83d\\ude00"}\n{"a": ["\\ud83d"]}\n', ":2: ", "holds \\ud83d, half of a character"),
         ("", ": ", "no rows; expected one JSON object a line"),
         ("\n \n", ": ", "no rows"),
         ("[]", ": ", "no rows"),

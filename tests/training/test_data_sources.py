@@ -37,6 +37,14 @@ def test_a_dataset_gives_what_its_files_give(tokenizer, dataset_folder):
     assert from_name.label_words == ["ham", "spam"]
 
 
+def test_a_validation_split_that_is_asked_for_is_loaded_or_missed(tokenizer, dataset_folder):
+    arguments = {"dataset_name": str(dataset_folder), "train_split": "train[:6]"}
+    data = load_choice_data(DataArguments(**arguments, validation_split="train[6:]"), tokenizer)
+    assert (len(data.train), len(data.validation)) == (6, 2)
+    with pytest.raises(DataError, match="could not be loaded.*--validation_split"):
+        load_choice_data(DataArguments(**arguments, validation_split="test"), tokenizer)
+
+
 def test_limits_take_the_first_rows_and_validation_is_optional(tokenizer, dataset_folder):
     data = load_choice_data(
         DataArguments(train_file=str(dataset_folder / "train.jsonl"), max_train_samples=3), tokenizer

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ldmole_ds.model.adapter_io import load_state
 from ldmole_ds.training.checks import check_trainable
@@ -109,17 +110,21 @@ def check(partitioned: bool, **settings) -> None:
         "torch_compile": False,
         "should_log": False,
         "average_tokens_across_devices": True,
-        "accelerator_config": SimpleNamespace(even_batches=True),
+        "world_size": 2,
+        "accelerator_config": AcceleratorConfig(),
     }
     check_trainable(model, SimpleNamespace(**{**plain, **settings}), zero_stage=2)
 
 
 def test_ranks_that_would_wait_forever_are_refused():
-    uneven = SimpleNamespace(even_batches=False)
+    uneven = AcceleratorConfig(even_batches=False)
     check(True)
-    check(False, accelerator_config=uneven)
+    check(False, accelerator_config=uneven, world_size=1)
     with pytest.raises(ValueError, match="even_batches false in --accelerator_config .*leave it out"):
-        check(True, accelerator_config=uneven)
+        check(False, accelerator_config=uneven)  # counting a step's tokens is a collective, too
+    for name in ("split_batches", "dispatch_batches"):
+        with pytest.raises(ValueError, match=f"{name} in --accelerator_config .*leave it out"):
+            check(False, accelerator_config=AcceleratorConfig(**{name: True}))
 
 
 def test_losses_that_are_not_the_models_own_are_refused(tmp_path):

@@ -139,10 +139,24 @@ def test_the_trainer_goes_on_in_other_layouts(tmp_path):
     assert_close(whole, outcome(alone, str(tmp_path / f"whole/checkpoint-{SAVED_AT}")))
 
 
-def test_one_process_without_deepspeed_resumes_bit_for_bit(tmp_path):
-    whole = outcome(build(str(tmp_path / "a"), None, 1, 2, save_total_limit=None))
-    again = outcome(build(str(tmp_path / "b"), None, 1, 2), str(tmp_path / f"a/checkpoint-{SAVED_AT}"))
+# The rate is halved at each evaluation, since none is better than the last by so much.
+ON_PLATEAU = {
+    "lr_scheduler_type": "reduce_lr_on_plateau",
+    "lr_scheduler_kwargs": {"factor": 0.5, "patience": 0, "threshold": 0.9},
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "warmup_steps": 0,
+}
+
+
+@pytest.mark.parametrize("changes", [{}, {"train_sampling_strategy": "group_by_length"}, ON_PLATEAU])
+def test_one_process_without_deepspeed_resumes_bit_for_bit(tmp_path, changes):
+    changes = {"eval_dataset": rows(), **changes}
+    whole = outcome(build(str(tmp_path / "a"), None, 1, 2, save_total_limit=None, **changes))
+    again = outcome(build(str(tmp_path / "b"), None, 1, 2, **changes), str(tmp_path / f"a/checkpoint-{SAVED_AT}"))
     assert_same(whole, again)
+    rates = [rate for _, _, rate in whole["curve"].values()]
+    assert rates == sorted(set(rates), reverse=True)
 
 
 def test_the_limit_keeps_the_newest_and_the_best(tmp_path):
