@@ -30,6 +30,7 @@ def test_half_precision_where_an_engine_keeps_float32_copies(flag, deepspeed, ex
         "model": SimpleNamespace(model_name_or_path="tiny", revision="main", quantization="none"),
         "layout": SimpleNamespace(ep_size="1", expert_dispatch="tokens", dispatch_chunk_tokens=0),
     }
-    data, places = SimpleNamespace(longest_row=8), [Place("here", "", 0)]
+    data = SimpleNamespace(longest_row=8, check_positions=lambda most: None)
+    places = [Place("here", "", 0)]
     model = build_model(tiny_llama().bfloat16(), tiny_config(), data, settings, places)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {expected}
