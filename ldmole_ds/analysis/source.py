@@ -31,7 +31,7 @@ def file_prompts(path: Path) -> list[str]:
         ValueError: There is none, or it is not UTF-8.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompt_file {path} is not UTF-8 text: {error}") from error
     prompts = [line for line in lines if line]

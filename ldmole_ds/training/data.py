@@ -198,8 +198,8 @@ def _label_words(path: str | None) -> dict[str, str] | None:
     if path is None:
         return None
     try:
-        words = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        words = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:  # not there, not UTF-8, not JSON
         raise DataError(f"--label_words {path}: {error}; expected a JSON file of label to word") from error
     if not isinstance(words, dict):
         raise DataError(f"--label_words {path}: expected a JSON object of label to word")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from ldmole_ds.training.ranks import Ranks, discover_ranks, single_process
 
 # What users can get wrong, and our own clear sentences; anything else keeps its traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError, NotImplementedError, ImportError)
+
+# Between the ranks of a host that start together, for imports on busy cores.
+_RANK_0_SPEAKS_S = 10
 
 
 class UserError(Exception):
@@ -169,6 +173,8 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     except UserError as error:
         if is_main_process():
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:  # launchers end all ranks when the first one leaves: let that be rank 0, once it has spoken
+            time.sleep(_RANK_0_SPEAKS_S)
         leave(2)
     except (FloatingPointError, PeerError) as error:
         print(f"error on rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)

@@ -124,7 +124,7 @@ def test_prompts_of_a_task_and_of_a_file(tmp_path):
     first = json.loads(demo_files()["test"].read_text().splitlines()[0])["text"]
     assert first.strip() in task_prompts("clinc_domains", limit=1)[0]
     path = tmp_path / "prompts.txt"
-    path.write_text("one\n\n two \n")
+    path.write_text("\ufeffone\n\n two \n", encoding="utf-8")
     assert file_prompts(path) == ["one", "two"]
     path.write_text("\n")
     with pytest.raises(ValueError, match="one prompt in each line"):

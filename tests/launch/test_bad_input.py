@@ -65,6 +65,10 @@ def write(folder, text: str):
         ({"report_to": "dvclive"}, r"DVCLiveCallback requires dvclive"),
         ({"train_sampling_strategy": "batch_rebalance"}, r"batch_rebalance is not supported"),
         ({"use_liger_kernel": True}, r"liger-kernel"),
+        (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 64},
+            r"12 training rows fill no batch",
+        ),
         ({"activation_checkpointing_kwargs": '{"use_reentrant": true}'}, r"reentrant.*pass use_reentrant=False"),
     ],
 )

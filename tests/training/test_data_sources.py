@@ -52,6 +52,16 @@ def test_limits_take_the_first_rows_and_validation_is_optional(tokenizer, datase
     assert len(data.train) == 3 and data.validation is None
 
 
+def test_label_words_of_another_encoding(tokenizer, tmp_path, dataset_folder):
+    path = tmp_path / "words.json"
+    arguments = DataArguments(train_file=str(dataset_folder / "train.jsonl"), label_words=str(path))
+    path.write_bytes(b'\xef\xbb\xbf{"ham": "good"}')
+    assert load_choice_data(arguments, tokenizer).label_words == ["good", "spam"]
+    path.write_bytes(b'{"ham": "\xff"}')
+    with pytest.raises(DataError, match=r"--label_words .*words\.json.*expected a JSON file of label to word"):
+        load_choice_data(arguments, tokenizer)
+
+
 def test_multiple_choice_has_no_label_words(tokenizer, tmp_path):
     path = tmp_path / "choice.jsonl"
     path.write_text(json.dumps(CHOICE) + "\n")
