@@ -141,8 +141,8 @@ def load_data(settings: dict[str, Any]) -> tuple[Any, ChoiceData | SFTData]:
         training = settings["training"]
         if training.dataloader_drop_last and len(data.train) < training.train_batch_size * training.world_size:
             raise ValueError(
-                f"{len(data.train)} training rows fill no batch of all ranks: leave out --dataloader_drop_last or lower "
-                "--per_device_train_batch_size"
+                f"{len(data.train)} training rows fill no batch of all ranks: leave out --dataloader_drop_last or "
+                "lower --per_device_train_batch_size"
             )
         if training.train_sampling_strategy == "batch_rebalance":
             raise ValueError("--train_sampling_strategy batch_rebalance is not supported: use group_by_length")
