@@ -1,5 +1,7 @@
 """Rows of supervised fine-tuning become these tokens, with a loss on these."""
 
+import json
+
 import pytest
 
 from ldmole_ds.tasks import DataError
@@ -126,6 +128,11 @@ def test_whole_answers_stay_when_a_row_is_too_long():
 
 
 ASSISTANT, USER = TURNS[2], TURNS[1]
+CALLING = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]}
+# As Qwen3's and Llama 3's: tools before the first turn, calls in the place of what is said.
+WITH_TOOLS = "{% if tools %}{{ tools[0]['name'] + '\n' }}{% endif %}" + CHATML.replace(
+    "m['content'] +", "m['content'] + (m['tool_calls'][0]['function']['name'] if m['tool_calls'] else '') +"
+)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +148,9 @@ ASSISTANT, USER = TURNS[2], TURNS[1]
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, "content of message 2 of 'messages' is empty"),
         ({"messages": [USER, {"role": "assistant"}]}, "content of message 2 of 'messages' is of type NoneType"),
         ({"messages": [{"role": "system", "content": None}, USER, ASSISTANT]}, "has no text under 'content'"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": "clock"}]}, "message 2 of 'messages' calls tools"),
+        ({"messages": [USER, CALLING]}, "the conversation has tool_calls, which this chat template has no place for"),
+        ({"messages": [USER, ASSISTANT], "tools": "a clock"}, "'tools' is no list of objects"),
         ({"messages": ["hello"]}, "message 1 of 'messages' is no object"),
         ({"prompt": [USER], "completion": "a"}, "one of prompt and completion is text"),
         ({"prompt": "a", "completion": ""}, "'completion' is empty"),
@@ -150,6 +160,21 @@ ASSISTANT, USER = TURNS[2], TURNS[1]
 def test_a_row_that_cannot_be_learnt_is_refused(gpt2_tokenizer, fields, message):
     with pytest.raises(DataError, match="rows:1: .*" + message):
         documents(gpt2_tokenizer, fields, CHATML)
+
+
+def test_calls_of_tools_are_answers(gpt2_tokenizer):
+    turns = [USER, CALLING, {"role": "tool", "content": "noon"}, ASSISTANT]
+    schema = [{"name": "clock", "parameters": None}]
+    marked = WITH_TOOLS.replace("{{ '<eos>' + m", "{% generation %}{{ '<eos>' + m").replace(
+        "<eos>\n' }}{% endfor", "<eos>\n' }}{% endgeneration %}{% endfor"
+    )
+    for tools in (schema, json.dumps(schema)):
+        row = {"messages": turns, "tools": tools}
+        (document,) = documents(gpt2_tokenizer, row, WITH_TOOLS)
+        text, answers = shown(gpt2_tokenizer, document)
+        assert answers == ["clock<eos>", "which one<eos>"] and text.startswith("clock\n<eos>user\npay a bill")
+    with pytest.raises(DataError, match="marks 4 answers"):  # rendered with its tools there, too
+        documents(gpt2_tokenizer, row, marked)
 
 
 def test_a_template_that_cannot_render_is_named(gpt2_tokenizer):

@@ -60,13 +60,15 @@ def render_answers(tokenizer: PreTrainedTokenizerBase, conversation: Conversatio
         DataError: The template cannot render the conversation, or does not say where an answer begins.
     """
     messages, answers = list(conversation.messages), conversation.answers
+    _check_tools(tokenizer, conversation, where)
+    tools = list(conversation.tools) or None
     if _MARKS_ANSWERS.search(template_of(tokenizer)):
         return [_marked(tokenizer, conversation, where)]
-    whole = _render(tokenizer, messages, where)
+    whole = _render(tokenizer, messages, where, tools=tools)
     texts = []
     for i in answers:
-        before = _render(tokenizer, messages[:i], where, add_generation_prompt=True)
-        through = _render(tokenizer, messages[: i + 1], where)
+        before = _render(tokenizer, messages[:i], where, tools=tools, add_generation_prompt=True)
+        through = _render(tokenizer, messages[: i + 1], where, tools=tools)
         if not through.startswith(before) or len(through) == len(before):
             raise DataError(
                 f"{where}: the chat template does not begin message {i + 1} with its generation prompt, so where the "
@@ -76,6 +78,20 @@ def render_answers(tokenizer: PreTrainedTokenizerBase, conversation: Conversatio
     if all(whole.startswith(part.text) for part in texts):
         return [AnsweredText(whole, tuple(span for part in texts for span in part.answers))]
     return texts
+
+
+def _check_tools(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, where: str) -> None:
+    """What a template does not mention it leaves out of the text without a word."""
+    uses = {
+        "tools": bool(conversation.tools),
+        "tool_calls": any(message.get("tool_calls") for message in conversation.messages),
+    }
+    missing = [name for name, used in uses.items() if used and name not in template_of(tokenizer)]
+    if missing:
+        raise DataError(
+            f"{where}: the conversation has {' and '.join(missing)}, which this chat template has no place for; take a "
+            "model whose template has, or leave such rows out"
+        )
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -94,6 +110,7 @@ def _marked(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, wher
     try:
         texts, spans = render_jinja_template(
             conversations=[list(conversation.messages)],
+            tools=list(conversation.tools) or None,
             chat_template=template_of(tokenizer),
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,

@@ -23,7 +23,7 @@ from ldmole_ds.tasks.rows import DataError, Row
 from ldmole_ds.tasks.sft.encode import Document, encode_row
 
 # Raise it when the same rows become other tokens, or the table other columns.
-_FORMAT = 1
+_FORMAT = 2
 _WHOLE, _CUT, _LEFT_OUT = 0, 1, 2
 _ROWS_PER_WORKER = 500
 
