@@ -33,7 +33,7 @@ class _GatherExperts(torch.autograd.Function):
         out = flat.new_empty(flat.shape[1])
         channel.stats.add("reduce_scatter", num_ranks - 1, (num_ranks - 1) * out.numel() * out.element_size())
         with channel.guard("reduce_scatter"):
-            dist.reduce_scatter(out, list(flat.unbind(0)), group=channel.group)
+            dist.reduce_scatter_tensor(out, flat.view(-1), group=channel.group)
         parts = out.split([shape.numel() for shape in ctx.shapes])
         return None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
 
@@ -46,7 +46,7 @@ def gather_flat(tensors: Sequence[Tensor], channel: Channel) -> Tensor:
     remote = channel.size - 1
     channel.stats.add("gather", remote, remote * flat.numel() * flat.element_size())
     with channel.guard("gather"):
-        dist.all_gather(list(gathered.unbind(0)), flat, group=channel.group)
+        dist.all_gather_into_tensor(gathered.view(-1), flat, group=channel.group)
     return gathered
 
 

@@ -58,11 +58,10 @@ def _collectives(
     whole: torch.Tensor, one: torch.Tensor, result: torch.Tensor, group: dist.ProcessGroup
 ) -> dict[str, Callable[[], object]]:
     """Each moves ``(P - 1) / P`` of a buffer per rank."""
-    parts, sources = list(result.chunk(dist.get_world_size(group))), list(whole.chunk(dist.get_world_size(group)))
     return {
         "all-to-all": lambda: dist.all_to_all_single(result, whole, group=group),
-        "all-gather": lambda: dist.all_gather(parts, one, group=group),
-        "reduce-scatter": lambda: dist.reduce_scatter(one, sources, group=group),
+        "all-gather": lambda: dist.all_gather_into_tensor(result, one, group=group),
+        "reduce-scatter": lambda: dist.reduce_scatter_tensor(one, whole, group=group),
     }
 
 

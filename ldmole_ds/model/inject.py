@@ -56,7 +56,7 @@ def get_ldmole_model(
 
     Raises:
         ValueError: ``ep_size`` does not divide ranks or experts, no target module matches, the base model is an
-            encoder-decoder, or a quantised layer is in a state that cannot be trained on.
+            encoder-decoder or lies on several devices, or a quantised layer is in a state that cannot be trained on.
     """
     config = config or LDMoLEConfig()
     if isinstance(base_model, LDMoLEModel) or any(isinstance(m, AdaptedLinear) for m in base_model.modules()):
@@ -65,6 +65,12 @@ def get_ldmole_model(
         raise ValueError(
             f"{type(base_model).__name__} is an encoder-decoder model: its two padding masks are not supported yet, "
             "use a decoder-only or an encoder-only base model"
+        )
+    places = sorted({str(place) for place in (getattr(base_model, "hf_device_map", None) or {}).values()})
+    if len(places) > 1:
+        raise ValueError(
+            f"the base model is spread over {', '.join(places)}: load it without device_map (each rank moves its own "
+            "to its device); ZeRO stage 3 or --quantization make a large one fit"
         )
     router = build_router(config.router, fixed_lambda=config.fixed_lambda, topk=config.topk)
     topology = expert_parallel(ep_size)

@@ -122,6 +122,15 @@ def test_a_model_whose_groups_cannot_be_found_trains_right(caplog):
     assert len(assert_same_step(model, dense_model(build(), tiny_config(), model), ragged_batch(rows=4))) == 14
 
 
+def test_a_base_on_several_devices_is_refused():
+    base = FAMILIES["llama"].build()
+    base.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
+    with pytest.raises(ValueError, match="spread over 0, cpu: load it without device_map"):
+        get_ldmole_model(base, tiny_config())
+    base.hf_device_map = {"": "cpu"}
+    get_ldmole_model(base, tiny_config())
+
+
 def test_an_encoder_decoder_is_refused():
     import transformers as hf
 
