@@ -70,6 +70,10 @@ def find_checkpoint(run: Path, value: str | bool | None, rank: int = 0) -> Path 
     raise CheckpointError(f"{run} holds no whole checkpoint to resume from: start anew, or name one")
 
 
+class UnsupportedOptimizerError(CheckpointError, ValueError):
+    """An optimizer whose state checkpoints cannot hold."""
+
+
 class CheckpointableCallback(TrainerCallback):
     """Asks after the first step, when the optimizer's state exists, whether it can be saved: not hours later."""
 
@@ -82,7 +86,7 @@ class CheckpointableCallback(TrainerCallback):
                 for flat in OptimizerShards(*self.trainer.model_and_optimizer()).flats:
                     flat.moments()
             except ValueError as error:
-                raise CheckpointError(str(error)) from error
+                raise UnsupportedOptimizerError(str(error)) from error
         self.checked = True
 
 
