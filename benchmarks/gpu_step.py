@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """One training step on one GPU at the paper's model sizes: LD-MoLE against plain LoRA and the authors' formulation.
 
-    python benchmarks/gpu_step.py                                       # one H100 or H200: about ten minutes
+    python benchmarks/gpu_step.py                                       # one H100 or H200: about a quarter of an hour
     python benchmarks/gpu_step.py --shapes qwen3-1.7b --tokens 4096
 
 Qwen3-1.7B and Llama-3.2-3B by shape, with random weights (nothing is downloaded), all seven projections adapted, bf16
