@@ -141,7 +141,7 @@ def stop() -> None:
 
 @contextmanager
 def agreed(what: str) -> Iterator[None]:
-    """Run a phase without collectives; if any rank fails in it, all ranks raise the first failure.
+    """Run a phase without collectives that a failing rank would miss; if any fails in it, all raise the first failure.
 
     Args:
         what: The phase, for the message.

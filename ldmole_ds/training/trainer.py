@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers.trainer_pt_utils import get_parameter_names
 
 from ldmole_ds.distributed import deepspeed_groups
+from ldmole_ds.distributed.agreement import raise_together
 from ldmole_ds.model import LDMoLEModel
 from ldmole_ds.model.adapter_io import write_atomically
 from ldmole_ds.tasks.scoring import score_candidates
@@ -204,12 +205,13 @@ class LDMoLETrainer(CheckpointMixin, StepLossMixin, BatchWarmupLoop):
         return (loss, None, None) if prediction_loss_only else (loss, scores, gold)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the whole adapter (all experts of all ranks) and the tokenizer. Collective."""
+        """Write the whole adapter (all experts of all ranks) and the tokenizer. Collective, and so is its failure."""
         folder = output_dir or self.args.output_dir
         self.model.save_pretrained(folder)
-        if self.args.should_save:
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
-            write_atomically(Path(folder) / "training_args.bin", lambda path: torch.save(self.args, path))
+        with raise_together(OSError):
+            if self.args.should_save:
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(folder)
+                write_atomically(Path(folder) / "training_args.bin", lambda path: torch.save(self.args, path))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

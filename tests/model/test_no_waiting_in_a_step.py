@@ -56,5 +56,5 @@ def test_a_read_more_is_noticed(monkeypatch):
         return plain(batches, *args, **kwargs)
 
     monkeypatch.setattr(adapted_forward, "auxiliary_losses", impatient)
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta|synchroniz"):
+    with pytest.raises(RuntimeError, match="synchroniz" if CUDA else "meta tensors"):
         two_micro_steps()

@@ -7,10 +7,13 @@ from types import SimpleNamespace
 import pytest
 
 from ldmole_ds.training import finish as module
+from ldmole_ds.training import trainer as trainer_module
 from ldmole_ds.training.finish import finish
 from ldmole_ds.training.metrics_file import MetricsFileCallback
 from ldmole_ds.training.runtime import UserError
-from tests.tiny import tiny_model
+from tests.distributed_utils import run_distributed
+from tests.tiny import ragged_batch, tiny_model
+from tests.training.small_trainer import Rows, make_trainer
 
 
 def full(*args, **kwargs):
@@ -41,6 +44,21 @@ def test_the_report_does_not_fit(tmp_path, monkeypatch):
     message = "holds the adapter, but its report is not whole: .*No space left on device"
     with pytest.raises(UserError, match=message):
         end_of_run(tmp_path)
+
+
+def save_where_what_stands_beside_the_adapter_does_not_fit(rank, world_size, folder):
+    trainer = make_trainer(tiny_model(), Rows(ragged_batch()), folder)
+    trainer_module.write_atomically = full  # only rank 0 writes
+    try:
+        trainer.save_model()
+    except OSError as error:
+        return str(error)
+
+
+@pytest.mark.distributed
+def test_all_ranks_hear_that_a_file_beside_the_adapter_does_not_fit(tmp_path):
+    for message in run_distributed(save_where_what_stands_beside_the_adapter_does_not_fit, 2, str(tmp_path)):
+        assert "No space left on device (rank 0)" in message
 
 
 @contextlib.contextmanager
