@@ -1,6 +1,8 @@
 """C sources that are compiled where they run."""
 
 import ctypes
+import fcntl
+import os
 import subprocess
 import sys
 
@@ -90,3 +92,43 @@ def test_processes_that_build_at_the_same_time(cache, tmp_path):
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert [p.communicate(timeout=100)[0].strip() for p in started] == ["9"] * 3
     assert len(list(cache.iterdir())) == 1
+
+
+def test_the_first_of_them_builds_for_all(cache, tmp_path):
+    """A compiler that counts its calls: one that compiles, and one that links."""
+    log, compiler = tmp_path / "calls", tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\necho called >> {log}\nsleep 0.3\nexec {" ".join(c_library.compiler())} "$@"\n')
+    compiler.chmod(0o755)
+    (path,) = source(tmp_path, SOURCE % 8)
+    program = "import sys, pathlib as p, ldmole_ds.ops.c_library as c; print(c.load((p.Path(sys.argv[1]),)).answer())"
+    command = [sys.executable, "-c", program, str(path)]
+    environment = {**os.environ, "CC": str(compiler)}
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)]
+    assert [p.communicate(timeout=100)[0].strip() for p in started] == ["8"] * 3
+    assert len(log.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("locks", ["held", "unknown"])
+def test_nobody_waits_for_ever(cache, tmp_path, monkeypatch, locks):
+    """For a process that was stopped while it built, or where the file system has no locks."""
+    cache.mkdir(parents=True)
+    monkeypatch.setattr(c_library, "BUILD_TIMEOUT_S", 0.2)
+    descriptor = os.open(cache, os.O_RDONLY)
+    if locks == "held":
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    else:
+        monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError("no locks available")))
+    assert c_library.load(source(tmp_path, SOURCE % 4)).answer() == 4
+    os.close(descriptor)
+
+
+def test_several_sources(cache, tmp_path):
+    (first,) = source(tmp_path, "int twice(int); int answer(void) { return twice(21); }")
+    second, broken = tmp_path / "twice.c", tmp_path / "broken.c"
+    second.write_text("int twice(int x) { return 2 * x; }")
+    broken.write_text("int x = y;")
+    assert c_library.load((first, second)).answer() == 42
+    with pytest.raises(NoCompilerError, match="could not build answer.c: .*broken.c.*error"):
+        c_library.load((first, second, broken))
+    with pytest.raises(NoCompilerError, match="cannot be loaded: .*twice"):
+        c_library.load((first,))
