@@ -124,7 +124,8 @@ def test_one_dropout_mask_for_router_lambda_and_all_experts():
     context = ForwardContext()
     with group.holder.use(context):
         q, k = group(x)
-    assert torch.equal(q, k), "equal members under one mask must agree"
+    # Rows of one product may round differently by where they lie; another mask would change every value.
+    torch.testing.assert_close(q, k, rtol=1e-5, atol=1e-5, msg="equal members under one mask must agree")
     (dropped, _), (record,) = group.dispatcher.calls[0], context.records
     # Half is zero, the rest is doubled; and that is what router and lambda MLP have read.
     assert set(torch.unique(dropped.reshape(x.shape) / x).tolist()) == {0.0, 2.0}

@@ -41,8 +41,9 @@ def group(t):
 
 
 def routing(t):
-    (x, _, gate, *_), mask = inputs(t)
-    logits = (gate.detach() @ x.detach().t()).requires_grad_()
+    (x, *_), mask = inputs(t)
+    # Drawn, not computed: a product may round otherwise in other threads.
+    logits = torch.randn(G, E, t, generator=torch.Generator().manual_seed(t + 1)).requires_grad_()
     lambda_logit = x.detach().sum(1).requires_grad_()
     found = fused_routing(logits, lambda_logit, mask, RoutingSpec(torch.float32, 2, True, 5, 1))
     grads = torch.autograd.grad(found.probs_GET.square().sum() + found.sums.sum(), (logits, lambda_logit))
