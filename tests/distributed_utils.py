@@ -236,3 +236,10 @@ def _init_process_group(folder: Path, rank: int, world_size: int, with_deepspeed
     # Not needed for training, and compiling it takes half a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, **init)
+
+
+def engine_computes_in(name: str) -> bool:
+    """Whether DeepSpeed's engine takes this device for bf16 or fp16; of CPUs few are taken for fp16."""
+    from deepspeed.accelerator import get_accelerator
+
+    return bool(getattr(get_accelerator(), f"is_{name}_supported")())

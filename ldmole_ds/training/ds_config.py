@@ -72,6 +72,23 @@ def check_ds_config(config: dict[str, Any], path: str) -> None:
         raise UserError(f"--deepspeed {path}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
 
 
+def check_device(*, bf16: bool, fp16: bool) -> None:
+    """Refuse an engine in a dtype that DeepSpeed does not compute in on this device; it would end in a traceback.
+
+    Raises:
+        UserError: Names the flag, and what to use instead.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator()
+    name = "CPU" if device.device_name() == "cpu" else device.device_name()
+    if bf16 and not device.is_bf16_supported():
+        raise UserError(f"--bf16: DeepSpeed does not compute in bfloat16 on this {name}: leave it out, for float32")
+    if fp16 and not device.is_fp16_supported():
+        instead = "take --bf16 and its config" if device.is_bf16_supported() else "leave it out, for float32"
+        raise UserError(f"--fp16: DeepSpeed does not compute in float16 on this {name}: {instead}")
+
+
 def check_precision(config: dict[str, Any], path: str, *, bf16: bool, fp16: bool) -> None:
     """Refuse a config that enables half precision where the command line does not: adapters would be float32.
 

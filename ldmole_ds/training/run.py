@@ -25,7 +25,7 @@ from ldmole_ds.training.arguments import adapter_config
 from ldmole_ds.training.batch import BatchSizeWarmup, batch_size_warmup
 from ldmole_ds.training.callbacks import GroupTimeoutCallback, SettingsFileCallback
 from ldmole_ds.training.data import ChoiceData
-from ldmole_ds.training.ds_config import check_ds_config, check_precision, read_ds_config
+from ldmole_ds.training.ds_config import check_device, check_ds_config, check_precision, read_ds_config
 from ldmole_ds.training.finish import finish
 from ldmole_ds.training.memory import MemoryOfTraining
 from ldmole_ds.training.metrics_file import MetricsFileCallback
@@ -56,6 +56,9 @@ def train(flags: Namespace) -> None:
         network_interface=flags.network_interface,
     )
     quiet_libraries()
+    if flags.deepspeed:
+        with agreed("precision"):
+            check_device(bf16=flags.bf16, fp16=flags.fp16)
     places = gather_places()
     memory = MemoryOfTraining()
     if flags.adapter_name_or_path:

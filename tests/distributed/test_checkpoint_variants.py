@@ -8,7 +8,7 @@ import torch
 
 from ldmole_ds.parity.cells import Cell
 from ldmole_ds.parity.dense import Run
-from tests.distributed_utils import run_distributed
+from tests.distributed_utils import engine_computes_in, run_distributed
 
 PLAIN = Cell((2, 2), "2")
 VARIANTS = {
@@ -55,6 +55,8 @@ def resume_variants(rank, world_size, folder):
         return run.losses, run.norms, gather_adapter_state(engine.module), engine_facts
 
     for name in VARIANTS:
+        if name == "fp16" and not engine_computes_in("fp16"):
+            continue
         engine, cell = build(name)
         engine_of.train_steps(engine, cell, range(3), Run())
         save_checkpoint(engine, Path(folder) / name)
@@ -81,7 +83,9 @@ def results(tmp_path_factory):
 @pytest.mark.distributed
 def test_resuming_is_exact(results):
     for per_rank in results:
-        for name in VARIANTS:
+        names = VARIANTS.keys() & per_rank.keys()
+        assert VARIANTS.keys() - names <= {"fp16"}
+        for name in names:
             (losses, norms, state, facts), again = per_rank[name]
             assert again[:2] == (losses, norms), name
             assert again[3] == facts, name

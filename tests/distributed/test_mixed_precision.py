@@ -8,7 +8,7 @@ import torch
 from ldmole_ds.model import get_ldmole_model
 from ldmole_ds.model.adapter_io import gather_adapter_state
 from ldmole_ds.model.param_groups import ldmole_param_groups
-from tests.distributed_utils import run_distributed
+from tests.distributed_utils import engine_computes_in, run_distributed
 from tests.tiny import ragged_batch, tiny_config, tiny_llama, tiny_model, wake_experts
 
 pytestmark = pytest.mark.distributed
@@ -90,7 +90,8 @@ def float32_adapters(rank, world_size):
 
 
 def both(rank, world_size):
-    return overflow_in_one_expert(rank, world_size), float32_adapters(rank, world_size)
+    overflow = overflow_in_one_expert(rank, world_size) if engine_computes_in("fp16") else None
+    return overflow, float32_adapters(rank, world_size)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,8 @@ def distance(one, other):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_overflow_in_one_expert_skips_the_step_on_all_ranks(per_rank, stage):
+    if per_rank[0][0] is None:
+        pytest.skip("DeepSpeed does not compute in float16 on this device")
     ranks = [overflow[stage] for overflow, _ in per_rank]
     assert [[step["skipped"] for step in seen] for seen in ranks] == [[0, 1, 1]] * 2
     assert [[step["scale"] for step in seen] for seen in ranks] == [[SCALE, SCALE / 2, SCALE / 2]] * 2

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed_utils import run_distributed
+from tests.distributed_utils import engine_computes_in, run_distributed
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
 HALF = ("bf16", "fp16")
@@ -18,8 +18,8 @@ DTYPES = {"bf16": "torch.bfloat16", "fp16": "torch.float16", None: "torch.float3
 STEPS, CLIP = 2, 0.05
 
 
-def train_with_files(rank: int, world_size: int, cases: list[tuple[str, str | None]]) -> list[dict]:
-    """Of each case: logged losses, the adapter, and what the engine made of the file."""
+def train_with_files(rank: int, world_size: int, cases: list[tuple[str, str | None]]) -> list[dict | None]:
+    """Of each case: logged losses, the adapter, and what the engine made of the file; None: not on this device."""
     import os
 
     from accelerate import PartialState
@@ -32,6 +32,9 @@ def train_with_files(rank: int, world_size: int, cases: list[tuple[str, str | No
     PartialState(backend="gloo")
     found = []
     for stem, half in cases:
+        if half is not None and not engine_computes_in(half):
+            found.append(None)
+            continue
         AcceleratorState._reset_state()  # one Accelerator with a DeepSpeed plugin per state
         file = next(str(path) for path in FILES if path.stem == stem)
         changes = {"max_steps": STEPS, "max_grad_norm": CLIP, **{name: name == half for name in HALF}}
@@ -66,6 +69,8 @@ def per_rank() -> list[dict]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_file_trains(per_rank, case):
     (stem, half), run = case, per_rank[0][case]
+    if run is None:
+        pytest.skip(f"DeepSpeed does not compute in {half} on this device")
     assert len(run["losses"]) == STEPS and run["losses"] == per_rank[1][case]["losses"]
     assert run["stage"] == int(stem[4]) and run["clip"] == CLIP and run["batch"] == (8, 4)
     assert run["offload"] == stem.endswith("_offload")
@@ -76,7 +81,9 @@ def test_the_file_trains(per_rank, case):
 def test_float32_files_train_alike(per_rank):
     """Stage, offload and partitioned experts change nothing; half precision stays close."""
     expected = per_rank[0]["zero0", None]
-    for (stem, half), run in per_rank[0].items():
+    found = {case: run for case, run in per_rank[0].items() if run is not None}
+    assert len(found) >= len(FILES) - len(HALF)
+    for (stem, half), run in found.items():
         assert run["losses"] == pytest.approx(expected["losses"], rel=5e-3 if half else 1e-5), (stem, half)
         for key, value in expected["state"].items() if not half else ():
             assert torch.linalg.norm(run["state"][key] - value) < 1e-5 * torch.linalg.norm(value), (stem, key)

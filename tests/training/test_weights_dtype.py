@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ldmole_ds.training.ds_config import check_device
 from ldmole_ds.training.placement import Place
+from ldmole_ds.training.runtime import UserError
 from ldmole_ds.training.setup import build_model
 from tests.tiny import tiny_config, tiny_llama
 
@@ -34,3 +36,29 @@ def test_half_precision_where_an_engine_keeps_float32_copies(flag, deepspeed, ex
     places = [Place("here", "", 0)]
     model = build_model(tiny_llama().bfloat16(), tiny_config(), data, settings, places)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {expected}
+
+
+@pytest.mark.parametrize(
+    ("supported", "asked", "message"),
+    [
+        (("bf16", "fp16"), "bf16", None),
+        (("bf16", "fp16"), "fp16", None),
+        (("bf16",), "bf16", None),
+        (("bf16",), "fp16", "--fp16: DeepSpeed does not compute in float16 on this CPU: take --bf16 and its config"),
+        ((), "fp16", "--fp16: DeepSpeed does not compute in float16 on this CPU: leave it out, for float32"),
+        ((), "bf16", "--bf16: DeepSpeed does not compute in bfloat16 on this CPU: leave it out, for float32"),
+        ((), None, None),
+    ],
+)
+def test_an_engine_that_this_device_does_not_have(monkeypatch, supported, asked, message):
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator()
+    for name in ("bf16", "fp16"):
+        monkeypatch.setattr(device, f"is_{name}_supported", lambda name=name: name in supported)
+    flags = {name: name == asked for name in ("bf16", "fp16")}
+    if message is None:
+        check_device(**flags)
+    else:
+        with pytest.raises(UserError, match=f"^{message}$"):
+            check_device(**flags)
