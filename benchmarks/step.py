@@ -8,8 +8,9 @@
 A Qwen3 of random weights, all seven projections adapted. Variants: the frozen base (its input embeddings ask for a
 gradient, so that backward runs), PEFT LoRA of rank r and of rank E * r (as many expert parameters as ours), LD-MoLE as
 the authors compute it and in its kindest reading (first checked to give our loss and gradients), and ours; a second
-part has dropout and a wider lambda MLP. Each variant takes its turn in every round of one process. Peak memory is that
-of a process per variant, above the loaded model: see `harness.PeakMemory`.
+part has dropout and a wider lambda MLP. Where ours multiplies by another library than PyTorch's choice
+(`ldmole_ds.ops.matrix_products`), a further variant does not. Each variant takes its turn in every round of one
+process. Peak memory is that of a process per variant, above the loaded model: see `harness.PeakMemory`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ DROPOUT_BARS = {LORA: (1.35, None)}
 def measure_memory(args: argparse.Namespace) -> dict[str, float]:
     """In a process of one variant: peak of three steps above the loaded model, MB."""
     model, inputs = models(args, *args.part)[args.variant](), batch(args)
-    step = step_of(model, inputs)
+    step = step_of(model, inputs, args.variant)
     with harness.PeakMemory() as memory:
         for _ in range(3):
             step()
@@ -54,7 +55,7 @@ def run_part(args: argparse.Namespace, argv: list[str], part: tuple[float, int])
         runs = [harness.in_own_process(Path(__file__), *argv, *flags) for _ in range(args.memory_runs)]
         memory[name] = sorted(runs, key=lambda run: run["above_model_MB"])[len(runs) // 2]
     inputs = batch(args)
-    steps = {name: step_of(make(), inputs) for name, make in models(args, *part).items()}
+    steps = {name: step_of(make(), inputs, name) for name, make in models(args, *part).items()}
     return {"memory": memory, "seconds": harness.interleaved(steps, args.rounds, args.warmup)}
 
 

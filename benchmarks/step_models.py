@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 
 import torch
@@ -15,9 +16,11 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ldmole_ds import LDMoLEConfig, get_ldmole_model
+from ldmole_ds.ops import matrix_products
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FROZEN, LORA, LORA_WIDE, OURS = "frozen base", "PEFT LoRA r", "PEFT LoRA E*r", "ours"
+OURS_BY_TORCH = "ours, products by PyTorch's library"
 AUTHORS, KINDER = "authors' formulation", "the same, A as one product"
 
 
@@ -65,13 +68,15 @@ def wake(model: nn.Module) -> nn.Module:
 
 
 def models(args: argparse.Namespace, dropout: float, lambda_hidden: int) -> dict[str, Callable[[], nn.Module]]:
-    """How to make each variant."""
+    """How to make each variant; ours in two where another library than PyTorch's choice multiplies."""
+    two = args.device == "cpu" and args.dtype == "float32" and matrix_products.multiplies("auto")
     return {
         FROZEN: lambda: base_model(args).requires_grad_(False).train(),
         LORA: lambda: lora(args, args.rank, dropout),
         LORA_WIDE: lambda: lora(args, args.rank * args.experts, dropout),
         AUTHORS: lambda: AuthorsModel(ours(args, dropout, lambda_hidden)).train(),
         KINDER: lambda: AuthorsModel(ours(args, dropout, lambda_hidden), OneProductLinear).train(),
+        **({OURS_BY_TORCH: lambda: ours(args, dropout, lambda_hidden)} if two else {}),
         OURS: lambda: ours(args, dropout, lambda_hidden),
     }
 
@@ -93,10 +98,13 @@ def loss_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return model(**inputs, use_cache=False).loss
 
 
-def step_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
+def step_of(model: nn.Module, inputs: dict[str, torch.Tensor], name: str = OURS) -> Callable[[], None]:
+    """Forward and backward of the variant ``name``."""
     params = [p for p in model.parameters() if p.requires_grad]
+    library = "torch" if name == OURS_BY_TORCH else "auto"
 
     def step() -> None:
+        os.environ[matrix_products.SWITCH] = library
         for param in params:
             param.grad = None
         loss_of(model, inputs).backward()

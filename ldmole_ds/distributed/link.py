@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ldmole_ds.distributed.topology import ExpertParallel
 from ldmole_ds.ops.expert_compute import grouped_speed, may_group_on
+from ldmole_ds.ops.matrix_products import products_for
 
 _PROBE_BYTES, _PROBE_ROUNDS = 1 << 23, 7
 # Tokens, width and stacked ranks of the product whose speed is measured: as skinny as the experts' are.
@@ -67,7 +68,8 @@ def measure_link(topology: ExpertParallel, device: torch.device, itemsize: int =
     x, weight = (torch.zeros(rows, width, device=device, dtype=dtype) for rows in (tokens, ranks))
     sizes = (4 * topology.ep_size, _PROBE_BYTES)
     small, large = _by_turns([_exchange(num_bytes, topology, device) for num_bytes in sizes])
-    (product,) = _by_turns([lambda: x @ weight.t()])  # not between exchanges, which would wait for the slower rank
+    with torch.no_grad():  # not between exchanges, which would wait for the slower rank
+        (product,) = _by_turns([lambda: products_for(x).linear(x, weight, None)])
     sent = _PROBE_BYTES * (topology.ep_size - 1) / topology.ep_size
     flops = 2 * math.prod(_PROBE_PRODUCT) / statistics.median(product)
     grouped_flops = flops * grouped_speed() if may_group_on(device, dtype) else 0.0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ldmole_ds.ops.frozen_product import frozen_product, is_plain
+from ldmole_ds.ops.frozen_product import frozen_linear, frozen_product, is_plain
 from ldmole_ds.ops.grouped_update import Update
 from ldmole_ds.ops.low_rank_update import LowRankUpdate
 
@@ -41,7 +41,7 @@ class AdaptedLinear(nn.Module):
         results.handed_on = x_TD if more else None
         in_factors = isinstance(update, LowRankUpdate) and update.h_XT.dtype == x.dtype
         if not plain or not in_factors or x_TD is None:
-            return self.add(update, self.base_layer(x))
+            return self.add(update, frozen_linear(self.base_layer, x))
         y, x_TD = frozen_product(self.base_layer, x_TD, update, x.shape[:-1], hand_on=more)
         results.handed_on = x_TD if more else None
         return y

@@ -19,6 +19,7 @@ from ldmole_ds.distributed import ExpertWeights
 from ldmole_ds.distributed.dispatch import expert_updates
 from ldmole_ds.distributed.expert_exchange import RemoteExperts
 from ldmole_ds.ops.autocast import without_autocast
+from ldmole_ds.ops.frozen_product import frozen_linear
 
 if TYPE_CHECKING:
     from ldmole_ds.layers.input_group import InputGroup
@@ -40,10 +41,10 @@ def overlapped_group(
     # About half of the frozen layers' work for each way; the first way of a group of one.
     done = list(itertools.accumulate(group.out_features))
     first = 1 + sum(2 * o < done[-1] for o in done[:-1])
-    outputs = [layer.base_layer(x) for layer in group.layers[:first]]
+    outputs = [frozen_linear(layer.base_layer, x) for layer in group.layers[:first]]
     with without_autocast(x):
         remote.compute()
-    outputs += [layer.base_layer(x) for layer in group.layers[first:]]
+    outputs += [frozen_linear(layer.base_layer, x) for layer in group.layers[first:]]
     dtype = experts.lora_A.dtype
     with without_autocast(x):
         own = expert_updates(x_TD, group.dispatcher.own(probs_TGE).to(dtype), experts)

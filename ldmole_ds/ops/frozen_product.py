@@ -14,11 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn import functional as F
 from torch.nn.modules import module as all_modules
 
 from ldmole_ds.ops.autocast import autocast_is_on
 from ldmole_ds.ops.low_rank_update import LowRankUpdate, add_product, product_gradients
+from ldmole_ds.ops.matrix_products import products_for
 
 # Subclasses hold quantised or sharded weights. Fake tensors stand for plain ones.
 _PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
@@ -30,7 +30,7 @@ class _FrozenProduct(torch.autograd.Function):
     def forward(ctx, x_TD, weight, bias, h_XT, p_eT, lora_B, scaling, shape, hand_on):
         ctx.save_for_backward(weight, h_XT, p_eT, lora_B)
         ctx.scaling = scaling
-        y_TO = F.linear(x_TD, weight, bias)
+        y_TO = products_for(x_TD).linear(x_TD, weight, bias)
         add_product(y_TO, h_XT, p_eT, lora_B, scaling)
         y = torch.ops.aten._unsafe_view(y_TO, [*shape, y_TO.shape[1]])  # not a view: it may be changed in place
         return (y, x_TD.detach()) if hand_on else y
@@ -38,13 +38,29 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, grad_next=None):
         weight, h_XT, p_eT, lora_B = ctx.saved_tensors
-        grad_TO = grad.reshape(-1, grad.shape[-1])
+        grad_TO = grad.reshape(-1, grad.shape[-1]).contiguous()
         grad_x = None
         if ctx.needs_input_grad[0]:
             # Nobody else has the gradient of an input that was handed on: the next product made it.
-            grad_x = grad_TO @ weight if grad_next is None else grad_next.addmm_(grad_TO, weight)
-        grads = product_gradients(grad_TO.contiguous(), h_XT, p_eT, lora_B, ctx.scaling, ctx.needs_input_grad[3:6])
+            products = products_for(grad_TO)
+            factors = (grad_TO, weight)
+            grad_x = products.mm(*factors) if grad_next is None else products.add_mm_(grad_next, *factors)
+        grads = product_gradients(grad_TO, h_XT, p_eT, lora_B, ctx.scaling, ctx.needs_input_grad[3:6])
         return grad_x, None, None, *grads, None, None, None
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        y_TO = products_for(x).linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        return torch.ops.aten._unsafe_view(y_TO, [*x.shape[:-1], y_TO.shape[1]])  # it may be changed in place
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        grad_TO = grad.reshape(-1, grad.shape[-1]).contiguous()
+        return products_for(grad_TO).mm(grad_TO, weight).view(*grad.shape[:-1], weight.shape[1]), None, None
 
 
 def is_plain(layer: nn.Module, x: Tensor) -> bool:
@@ -60,6 +76,13 @@ def is_plain(layer: nn.Module, x: Tensor) -> bool:
     weight = layer.weight
     trains = weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
     return type(weight) in _PLAIN_TENSORS and weight.dtype == x.dtype and not trains
+
+
+def frozen_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)``, ``(..., D) -> (..., O)``: a new tensor, by `products_for` where the layer `is_plain`."""
+    if torch.compiler.is_compiling() or not is_plain(layer, x):
+        return layer(x)
+    return _FrozenLinear.apply(x, layer.weight, layer.bias)
 
 
 def frozen_product(

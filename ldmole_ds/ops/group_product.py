@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from ldmole_ds.ops import cpu_kernels
 from ldmole_ds.ops.fused_routing import routing_reference
 from ldmole_ds.ops.low_rank_update import LowRankUpdate
+from ldmole_ds.ops.matrix_products import products_for
 from ldmole_ds.ops.routing_spec import RoutingSpec
 from ldmole_ds.ops.shared_input import shared_input_reference
 
@@ -80,7 +81,8 @@ class _GroupProduct(torch.autograd.Function):
         (g, e, r, _), t, units = lora_A.shape, x_TD.shape[0], len(bias_in)
         frozen, lora_B = rest[:g], rest[g:]
         stacked = torch.cat([lora_A.flatten(0, 2), gate.flatten(0, 1), weight_in])
-        rows = torch.mm(stacked, x_TD.t())
+        products = products_for(x_TD)
+        rows = products.mm(stacked, x_TD.t())
         lambda_logit, lam = x_TD.new_empty(t), x_TD.new_empty(t)
         live = x_TD.new_empty(units, dtype=torch.uint8)
         probs, sums = x_TD.new_empty(g, e, t), x_TD.new_empty(1, g, 2 * e + 3)
@@ -90,7 +92,7 @@ class _GroupProduct(torch.autograd.Function):
         cpu_kernels.call("group_forward", rows, *mlp, mask, lambda_logit, live, probs, lam, sums, weighted, *ctx.sizes)
         outputs = []
         for weight, bias, B, rows_g in zip(frozen, biases, lora_B, weighted.unbind(), strict=True):
-            outputs.append(F.linear(x_in, weight, bias).addmm_(rows_g.t(), B.flatten(0, 1)))
+            outputs.append(products.add_mm_(products.linear(x_in, weight, bias), rows_g.t(), B.flatten(0, 1)))
         logits = rows[g * e * r : g * e * (r + 1)].view(g, e, t)
         ctx.save_for_backward(
             None if x_in is x_TD else x_in, x_TD, mask, stacked, rows, lambda_logit, probs, weighted, weight_out, *rest
@@ -106,6 +108,7 @@ class _GroupProduct(torch.autograd.Function):
         t, e, g, r, units, *_ = ctx.sizes
         frozen, lora_B = rest[:g], rest[g:]
         need_in, need_x = ctx.needs_input_grad[:2]
+        products = products_for(x_TD)
         grad_rows, grad_in, grad_lora_B = torch.empty_like(rows), None, []
         for i, grad in enumerate(grads[:g]):
             grad_u = grad_rows[i * e * r : (i + 1) * e * r]
@@ -115,19 +118,20 @@ class _GroupProduct(torch.autograd.Function):
                 continue
             grad = grad.contiguous()
             if need_in:
-                grad_in = grad @ frozen[i] if grad_in is None else grad_in.addmm_(grad, frozen[i])
-            grad_lora_B.append((weighted[i] @ grad).view_as(lora_B[i]))
-            torch.mm(lora_B[i].flatten(0, 1), grad.t(), out=grad_u)
+                factors = (grad, frozen[i])
+                grad_in = products.mm(*factors) if grad_in is None else products.add_mm_(grad_in, *factors)
+            grad_lora_B.append(products.mm(weighted[i], grad).view_as(lora_B[i]))
+            products.mm(lora_B[i].flatten(0, 1), grad.t(), out=grad_u)
         grad_sums = None if grads[g] is None else grads[g].contiguous()
         grad_mlp = x_TD.new_empty(2 * units + 1)
         inputs = (rows, weight_out, mask, lambda_logit, probs, grad_sums, grad_rows)
         cpu_kernels.call("group_backward", *inputs, grad_mlp, *ctx.sizes)
         grad_x = None
         if need_x and x_in is None and grad_in is not None:  # one x: its gradient is that of x_in
-            grad_in.addmm_(grad_rows.t(), stacked)
+            products.add_mm_(grad_in, grad_rows.t(), stacked)
         elif need_x:
-            grad_x = grad_rows.t() @ stacked
-        grad_A, grad_gate, grad_in_H = torch.split_with_sizes(grad_rows @ x_TD, [g * e * r, g * e, units])
+            grad_x = products.mm(grad_rows.t(), stacked)
+        grad_A, grad_gate, grad_in_H = torch.split_with_sizes(products.mm(grad_rows, x_TD), [g * e * r, g * e, units])
         of_weights = (grad_A.view(g, e, r, -1), grad_gate.view(g, e, -1), grad_in_H)
         grad_out, grad_bias, grad_bias_out = grad_mlp.split_with_sizes([units, units, 1])
         of_weights += (grad_bias, grad_out.view_as(weight_out), grad_bias_out)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ldmole_ds.ops.autocast import without_autocast
+from ldmole_ds.ops.matrix_products import products_for
 
 
 def _weighted(h_XT: Tensor, p_eT: Tensor, scaling: float) -> Tensor:
@@ -32,19 +33,20 @@ def _by_expert(h_XT: Tensor, p_eT: Tensor) -> Tensor:
 
 def add_product(y_TO: Tensor, h_XT: Tensor, p_eT: Tensor, lora_B: Tensor, scaling: float) -> None:
     """Add the sum to y in place; no graph."""
-    y_TO.addmm_(_weighted(h_XT, p_eT, scaling).t(), lora_B.reshape(-1, y_TO.shape[1]))
+    factors = _weighted(h_XT, p_eT, scaling).t(), lora_B.reshape(-1, y_TO.shape[1])
+    products_for(y_TO).add_mm_(y_TO, *factors)
 
 
 def product_gradients(
     grad_TO: Tensor, h_XT: Tensor, p_eT: Tensor, lora_B: Tensor, scaling: float, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Those of `add_product` for h, p and lora_B, as far as they are needed."""
-    need_h, need_p, need_B = needed
+    (need_h, need_p, need_B), products = needed, products_for(grad_TO)
     grad_h = grad_p = grad_B = None
     if need_B:
-        grad_B = (_weighted(h_XT, p_eT, scaling) @ grad_TO).view_as(lora_B)
+        grad_B = products.mm(_weighted(h_XT, p_eT, scaling), grad_TO).view_as(lora_B)
     if need_h or need_p:
-        grad_hp = _by_expert(lora_B.reshape(-1, grad_TO.shape[1]) @ grad_TO.t(), p_eT)
+        grad_hp = _by_expert(products.mm(lora_B.reshape(-1, grad_TO.shape[1]), grad_TO.t()), p_eT)
     if need_p:
         grad_p = (grad_hp * _by_expert(h_XT, p_eT)).sum(1).mul_(scaling)
     if need_h:

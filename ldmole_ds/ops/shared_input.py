@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldmole_ds.ops.matrix_products import products_for
+
 # (weight, bias) of the lambda MLP's first layer.
 FirstLayer = tuple[Tensor, Tensor]
 
@@ -72,7 +74,7 @@ def _rows_times_x(weights: Sequence[Tensor], x_TD: Tensor, wide: bool) -> Tensor
     """``(N, T)``."""
     if wide and _on_tensor_cores(x_TD, weights):
         return _exact_product(_stacked(weights, False), x_TD.t())
-    return _stacked(weights, wide) @ _cast(x_TD, wide).t()
+    return products_for(x_TD).mm(_stacked(weights, wide), _cast(x_TD, wide).t())
 
 
 def _gradient_of_x(
@@ -82,10 +84,10 @@ def _gradient_of_x(
     if wide and _on_tensor_cores(x_TD, weights):
         factors = _in_two(grad_NT, x_TD.dtype).t(), _stacked(weights, False).repeat(2, 1)
         return torch.mm(*factors) if grad_x is None else grad_x.addmm_(*factors)
-    factors = grad_NT.t(), _stacked(weights, wide)
+    factors, products = (grad_NT.t(), _stacked(weights, wide)), products_for(x_TD)
     if grad_x is not None and grad_x.dtype == grad_NT.dtype:
-        return grad_x.addmm_(*factors)
-    product = torch.mm(*factors).to(x_TD.dtype)
+        return products.add_mm_(grad_x, *factors)
+    product = products.mm(*factors).to(x_TD.dtype)
     return product if grad_x is None else grad_x.add_(product)
 
 
@@ -93,7 +95,7 @@ def _gradient_of_weights(grad_NT: Tensor, weights: Sequence[Tensor], x_TD: Tenso
     """``(N, D)`` in the dtype of x."""
     if wide and _on_tensor_cores(x_TD, weights):
         return _exact_product(_in_two(grad_NT, x_TD.dtype), x_TD).view(2, len(grad_NT), -1).sum(0).to(x_TD.dtype)
-    return (grad_NT @ _cast(x_TD, wide)).to(x_TD.dtype)
+    return products_for(x_TD).mm(grad_NT, _cast(x_TD, wide)).to(x_TD.dtype)
 
 
 def _on_tensor_cores(x_TD: Tensor, weights: Sequence[Tensor]) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ldmole_ds.distributed import expert_parallel
 from ldmole_ds.model import LDMoLEModel, get_ldmole_model
 from ldmole_ds.ops.expert_compute import grouped_speed
+from ldmole_ds.ops.matrix_products import products_for
 from ldmole_ds.planner.calibrate_steps import reference_step
 from ldmole_ds.planner.layout import Layout
 from ldmole_ds.planner.reference import STARTING, THIN, WIDE, Reference, alone
@@ -73,7 +74,8 @@ def measure(device: torch.device, say: Callable[[str], None] = lambda text: None
     for name, dtype in _DTYPES.items():
         m, k, n = PRODUCT[kind]
         a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
-        seconds[name] = fastest(lambda a=a, b=b: a @ b.t(), device)
+        with torch.no_grad():
+            seconds[name] = fastest(lambda a=a, b=b: products_for(a).linear(a, b, None), device)
     x = torch.randn(VALUES[kind], device=device)
     y = torch.empty_like(x)
     seconds["sum"] = fastest(lambda: torch.add(x, x, out=y), device)

@@ -21,9 +21,10 @@ HOME = "distributed/deepspeed_private.py"
 OTHERS = {
     "python, argparse": {"__dict__", "__module__", "__name__", "__traceback__", "_actions", "_exit"},
     "torch": {"_C", "_ConvNd", "_current_graph_task_id", "_modules", "_set_pg_timeout", "_version", "_world"},
-    "torch, tracing": {"_TorchDispatchModeKey", "_get_dispatch_mode"},
+    "torch, tracing": {"_TorchDispatchModeKey", "_get_dispatch_mode", "_len_torch_dispatch_stack"},
     "torch, tensors and hooks": {"_forward_hooks", "_global_forward_hooks", "_is_view"},
     "torch, operations by name": {
+        "_linear_pointwise",
         "_local_scalar_dense",
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_flash_attention_for_cpu_backward",

@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ldmole_ds.ops import grouped_experts
+from ldmole_ds.ops import grouped_experts, matrix_products
 from ldmole_ds.ops.expert_compute import SWITCH
 from ldmole_ds.parity import Cell, default_cells, full_matrix, judge, run_cells, verdict_table
 from ldmole_ds.parity import dense_run as run_dense
@@ -79,6 +79,41 @@ def test_grouped_products_do_not_change_training():
         verdicts = [
             judge(cell, run, dense_run(cell.accumulation, cell.router), None)
             for cell, run in zip(GROUPED, runs, strict=True)
+        ]
+        assert all(v.passed for v in verdicts), "\n" + verdict_table([v for v in verdicts if not v.passed])
+
+
+ONEDNN = [
+    Cell((2, 1), "1", accumulation=2),
+    Cell((2, 2), "2", checkpointing=True),
+    Cell((2, 2), "2", expert_dispatch="weights"),
+    Cell((2, 2), "3"),
+]
+
+
+def run_onednn(rank: int, world_size: int) -> tuple[list[Run], int]:
+    """The runs with oneDNN's products, and how many those were."""
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return product(*args)
+
+    product = torch.ops.mkldnn._linear_pointwise.default
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(matrix_products.SWITCH, "onednn")
+        patch.setattr(torch.ops.mkldnn._linear_pointwise, "default", counted)
+        return run_cells(rank, world_size, ONEDNN), len(calls)
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not matrix_products.is_here(), reason="this PyTorch has no oneDNN")
+def test_another_library_for_the_products_does_not_change_training():
+    for runs, calls in run_distributed(run_onednn, 2, deepspeed=True, timeout_s=600):
+        assert calls > 1000
+        verdicts = [
+            judge(cell, run, dense_run(cell.accumulation, cell.router), None)
+            for cell, run in zip(ONEDNN, runs, strict=True)
         ]
         assert all(v.passed for v in verdicts), "\n" + verdict_table([v for v in verdicts if not v.passed])
 
