@@ -30,9 +30,9 @@ from torch.nn import functional as F
 SWITCH = "LDMOLE_CPU_PRODUCTS"
 # T, and T * D.
 FEWEST_TOKENS, FEWEST_VALUES = 128, 1 << 16
-# What is added to a matrix is computed for so many of its values at a time, which stay in the caches and in memory that
-# the process keeps.
-_VALUES_ADDED = 1 << 21
+# oneDNN's product is added in a second step, for so many values at a time, which stay in the caches. Of few factors each
+# the library that adds as it multiplies is as fast.
+_VALUES_ADDED, _FEWEST_ADDED_FACTORS = 1 << 21, 256
 _FIRST_WIDE_AMD_FAMILY = 26  # Zen 5
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -61,6 +61,8 @@ def _onednn_mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _onednn_add_mm_(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    if a.shape[1] < _FEWEST_ADDED_FACTORS:
+        return y.addmm_(a, b)
     rows = max(_VALUES_ADDED // y.shape[1], 1)
     for some_y, some_a in zip(y.split(rows), a.split(rows), strict=True):
         some_y.add_(_onednn_mm(some_a, b))

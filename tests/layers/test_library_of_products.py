@@ -39,6 +39,7 @@ def test_all_of_a_groups_products(whole, dropout, monkeypatch):
 
     product = torch.ops.mkldnn._linear_pointwise.default
     monkeypatch.setattr(torch.ops.mkldnn._linear_pointwise, "default", counted)
+    monkeypatch.setattr(matrix_products, "_FEWEST_ADDED_FACTORS", 0)
     if not whole:
         monkeypatch.setattr(input_group, "runs_whole", lambda group, x: False)
     monkeypatch.setenv(matrix_products.SWITCH, "torch")

@@ -57,8 +57,10 @@ def layouts(rows, columns):
 
 
 @needs_onednn
+@pytest.mark.parametrize("fewest", [0, 256])
 @pytest.mark.parametrize("shape", [(130, 64, 72), (64, 130, 1), (1, 33, 5), (200, 1, 7), (0, 8, 4)], ids=str)
-def test_the_products_are_pytorchs(shape):
+def test_the_products_are_pytorchs(shape, fewest, monkeypatch):
+    monkeypatch.setattr(matrix_products, "_FEWEST_ADDED_FACTORS", fewest)
     m, k, n = shape
     for a, b in itertools.product(layouts(m, k), layouts(k, n)):
         wanted = a.double() @ b.double()
@@ -81,6 +83,7 @@ def test_the_products_are_pytorchs(shape):
 def test_a_large_sum_is_added_in_parts(monkeypatch):
     a, b, y = torch.randn(50, 6), torch.randn(6, 8), torch.randn(50, 8)
     wanted = y + a @ b
+    monkeypatch.setattr(matrix_products, "_FEWEST_ADDED_FACTORS", 0)
     monkeypatch.setattr(matrix_products, "_VALUES_ADDED", 8 * 16)
     torch.testing.assert_close(ONEDNN.add_mm_(y, a, b), wanted)
     monkeypatch.setattr(matrix_products, "_VALUES_ADDED", 3)
