@@ -30,8 +30,8 @@ from torch.nn import functional as F
 SWITCH = "LDMOLE_CPU_PRODUCTS"
 # T, and T * D.
 FEWEST_TOKENS, FEWEST_VALUES = 128, 1 << 16
-# oneDNN's product is added in a second step, for so many values at a time, which stay in the caches. Of few factors each
-# the library that adds as it multiplies is as fast.
+# oneDNN's product is added in a second step, for so many values at a time, which stay in the caches. Of few factors
+# each the library that adds as it multiplies is as fast.
 _VALUES_ADDED, _FEWEST_ADDED_FACTORS = 1 << 21, 256
 _FIRST_WIDE_AMD_FAMILY = 26  # Zen 5
 _CPUINFO = Path("/proc/cpuinfo")
