@@ -6,7 +6,7 @@ variable ``LDMOLE_CPU_PRODUCTS`` says who multiplies:
 
     auto      the default: oneDNN on AMD's processors from Zen 5 on, where PyTorch has MKL; else whom PyTorch takes
     torch     always whom PyTorch takes
-    onednn    always oneDNN; an error where PyTorch does not have it
+    onednn    oneDNN on every processor and for products of any size; an error where PyTorch does not have it
 
 oneDNN makes a kernel for each new shape, which takes about a millisecond. So it gets the products of tokens that a rank
 reads itself, in as many layers as there are, and not those of tokens that travel, whose number is another in each
@@ -56,7 +56,7 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _onednn_mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    product = torch.ops.mkldnn._linear_pointwise.default(a, b.t(), None, "none", [], "")
+    product = _onednn_linear(a, b.t(), None)
     return product if out is None else out.copy_(product)
 
 

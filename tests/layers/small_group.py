@@ -3,7 +3,7 @@
 import torch
 
 from ldmole_ds.distributed import ExpertParallel, LocalTokenDispatcher
-from ldmole_ds.layers import AdaptedLinear, InputGroup, LambdaMLP, build_router
+from ldmole_ds.layers import AdaptedLinear, ForwardContext, InputGroup, LambdaMLP, build_router
 from ldmole_ds.layers.context import ContextHolder
 
 D, E, R = 6, 4, 2
@@ -53,3 +53,17 @@ def make_group(members=("q", "k", "v"), out=None, awake=True, **changes):
 def projections(group):
     linears = [torch.nn.Linear(D, out, bias=False).requires_grad_(False) for out in group.out_features]
     return [AdaptedLinear(linear, group, i) for i, linear in enumerate(linears)]
+
+
+def one_pass(group, x, mask=None):
+    """Outputs of all members, gradients, and the record."""
+    x, context = x.clone().requires_grad_(), ForwardContext(padding_mask=mask)
+    torch.manual_seed(1)  # of dropout
+    with group.holder.use(context):
+        outputs = [layer(x) for layer in group.layers]
+    group.zero_grad()
+    weights = [torch.randn(y.shape, generator=torch.Generator().manual_seed(2)) for y in outputs]
+    (record,) = context.records
+    sum((y * w).sum() for y, w in zip(outputs, weights, strict=True)).add(record.sums.square().sum()).backward()
+    grads = {name: p.grad.clone() for name, p in group.named_parameters() if p.grad is not None}
+    return outputs, {**grads, "x": x.grad}, record

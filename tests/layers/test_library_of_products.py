@@ -4,25 +4,12 @@ import pytest
 import torch
 
 from ldmole_ds.distributed import LocalTokenDispatcher
-from ldmole_ds.layers import ForwardContext, input_group
+from ldmole_ds.layers import input_group
 from ldmole_ds.ops import matrix_products
-from tests.layers.small_group import D, make_group, projections
+from tests.layers.small_group import D, make_group, one_pass, projections
 
 if not matrix_products.is_here():
     pytest.skip("this PyTorch has no oneDNN", allow_module_level=True)
-
-
-def one_pass(group, x):
-    """Outputs of all members, and all gradients."""
-    x, context = x.clone().requires_grad_(), ForwardContext()
-    torch.manual_seed(1)  # of dropout
-    with group.holder.use(context):
-        outputs = [layer(x) for layer in group.layers]
-    group.zero_grad()
-    weights = [torch.randn(y.shape, generator=torch.Generator().manual_seed(2)) for y in outputs]
-    (record,) = context.records
-    sum((y * w).sum() for y, w in zip(outputs, weights, strict=True)).add(record.sums.square().sum()).backward()
-    return outputs, {"x": x.grad, **{name: p.grad.clone() for name, p in group.named_parameters()}}
 
 
 # One with x and two for each of three members; backward three for each member and two with x.

@@ -7,7 +7,7 @@ from ldmole_ds.distributed import LocalTokenDispatcher
 from ldmole_ds.layers import ForwardContext, build_router, input_group
 from ldmole_ds.layers.whole_group import runs_whole
 from ldmole_ds.ops import cpu_kernels
-from tests.layers.small_group import D, make_group, projections
+from tests.layers.small_group import D, make_group, one_pass, projections
 
 if reason := cpu_kernels.why_not():
     pytest.skip(reason, allow_module_level=True)
@@ -17,20 +17,6 @@ def local_group(**changes):
     group = make_group(dispatcher=LocalTokenDispatcher(), **changes)
     group.layers_alive = projections(group)
     return group
-
-
-def one_pass(group, x, mask):
-    """Outputs of all members, gradients, and the record."""
-    x, context = x.clone().requires_grad_(), ForwardContext(padding_mask=mask)
-    torch.manual_seed(1)  # of dropout
-    with group.holder.use(context):
-        outputs = [layer(x) for layer in group.layers]
-    group.zero_grad()
-    weights = [torch.randn(y.shape, generator=torch.Generator().manual_seed(2)) for y in outputs]
-    (record,) = context.records
-    sum((y * w).sum() for y, w in zip(outputs, weights, strict=True)).add(record.sums.square().sum()).backward()
-    grads = {name: p.grad.clone() for name, p in group.named_parameters() if p.grad is not None}
-    return outputs, {**grads, "x": x.grad}, record
 
 
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.5}, {"mask_padding": False}], ids=str)
