@@ -17,7 +17,7 @@ from traveling import waiting_at_once
 from ldmole_ds.distributed import ExpertParallel
 
 FROZEN, TOKENS, WEIGHTS = "frozen linear", "ours, tokens", "ours, weights"
-AT_ONCE = "ours, tokens, no overlap"
+AT_ONCE, BACKEND = "ours, tokens, no overlap", "ours, tokens, backend's exchange"
 DEEPSPEED, PER_EXPERT = "DeepSpeed MoE", "per-(token, expert)"
 
 
@@ -132,6 +132,7 @@ def formulations(weights: Weights, sizes: Sizes, topology: ExpertParallel) -> di
         FROZEN: frozen(weights),
         TOKENS: tokens,
         AT_ONCE: replace(tokens, around=waiting_at_once),
+        **({BACKEND: ours(weights, sizes, replace(topology, mailboxes=None), "tokens")} if topology.mailboxes else {}),
         WEIGHTS: ours(weights, sizes, topology, "weights"),
         PER_EXPERT: per_expert(weights, sizes, topology),
     }

@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -17,6 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
+
+from ldmole_ds.distributed.mailboxes import Delivery, Mailboxes
+from ldmole_ds.distributed.shared_memory import SWITCH
 
 
 def on_ranks(fn: Callable[..., Any], world_size: int, device: str, *args: Any) -> list[Any]:
@@ -66,7 +70,7 @@ def within_slow_link(qdisc: str) -> None:
     """Start this program anew in a network of its own, whose link has this queueing discipline (``tc``, as root)."""
     if os.environ.get("SLOW_LINK") == qdisc:
         return
-    os.environ["SLOW_LINK"] = qdisc
+    os.environ |= {"SLOW_LINK": qdisc, SWITCH: "off"}  # what does not leave the memory is not slowed down
     setup = f'ip link set lo up && tc qdisc add dev lo root {qdisc} && exec "$@"'
     os.execvp("unshare", ["unshare", "--net", "sh", "-c", setup, "sh", sys.executable, *sys.argv])
 
@@ -105,10 +109,18 @@ def counting_bytes() -> Iterator[Counter]:
         sent[direction, name] += int(sizes[name](call))
         return originals[name](*args, **kwargs)
 
+    def begin(mailboxes: Mailboxes, received: Sequence[Tensor], messages: Sequence[Tensor]) -> Delivery:
+        direction = "backward" if torch._C._current_graph_task_id() != -1 else "forward"
+        sent[direction, "shared memory"] += sum(m.nbytes for p, m in enumerate(messages) if p != mailboxes.own_rank)
+        return original_begin(mailboxes, received, messages)
+
+    original_begin = Mailboxes.begin
     for name in sizes:
         setattr(dist, name, partial(counted, name))
+    Mailboxes.begin = begin
     try:
         yield sent
     finally:
+        Mailboxes.begin = original_begin
         for name, original in originals.items():
             setattr(dist, name, original)

@@ -11,6 +11,8 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ldmole_ds.distributed.shared_memory import SWITCH
+
 _CLONE_NEWNET = 0x40000000
 # A packet of loopback has up to 64 KB. What finds no place waits this long before it is dropped.
 _BURST_BYTES, _LONGEST_WAIT = 128 * 1024, "1s"
@@ -19,12 +21,15 @@ _BURST_BYTES, _LONGEST_WAIT = 128 * 1024, "1s"
 def enter_own_network() -> None:
     """Move this process, and those that it starts from now on, into a network namespace with nothing but loopback.
 
+    Its ranks share no memory then: what they send must come by the wire.
+
     Raises:
         OSError: Not allowed.
     """
     if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET):
         error = ctypes.get_errno()
         raise OSError(error, f"no network namespace ({os.strerror(error)}): run as root")
+    os.environ[SWITCH] = "off"
     subprocess.run("ip link set lo up".split(), check=True)
 
 

@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ldmole_ds.distributed.collectives import Collectives
+from ldmole_ds.distributed.mailboxes import Mailboxes
+
 
 @dataclass
 class CommStats:
@@ -62,21 +65,28 @@ class Channel:
         group: The EP group.
         stats: Counts calls, rows and bytes by phase.
         layer: Named in errors.
+        mailboxes: Of the group, where its ranks share memory.
     """
 
     group: dist.ProcessGroup
     stats: CommStats
     layer: str
+    mailboxes: Mailboxes | None = None
 
     @property
     def size(self) -> int:
         """Ranks in the group, P."""
-        return dist.get_world_size(self.group)
+        return self.collectives.size
 
     @property
     def own_rank(self) -> int:
         """This rank's index in the group."""
         return dist.get_rank(self.group)
+
+    @property
+    def collectives(self) -> Collectives:
+        """How its ranks reach each other."""
+        return Collectives(self.group, self.mailboxes)
 
     @contextmanager
     def guard(self, phase: str) -> Iterator[None]:
@@ -114,9 +124,7 @@ class Exchange:
         self._rows = x.contiguous()  # kept alive until the exchange is over
         self.out = x.new_empty((sum(output_splits), *x.shape[1:]))
         with channel.guard(phase):
-            self._work = dist.all_to_all_single(
-                self.out, self._rows, output_splits, input_splits, group=channel.group, async_op=True
-            )
+            self._work = channel.collectives.all_to_all(self.out, self._rows, output_splits, input_splits)
 
     def wait(self) -> Tensor:
         """The rows received, ordered by source rank."""
@@ -155,7 +163,7 @@ def exchange_counts(counts: Tensor, channel: Channel) -> Tensor:
     remote = counts.shape[0] - 1
     channel.stats.add("counts", remote, remote * counts[0].numel() * counts.element_size())
     with channel.guard("counts"):
-        dist.all_to_all_single(out, counts, group=channel.group)
+        channel.collectives.all_to_all(out, counts).wait()
     return out
 
 

@@ -180,7 +180,7 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
 
     def channel(self, layer: str) -> Channel:
         """The way of this layer's collectives."""
-        return Channel(self.topology.ep_group, self.stats, layer)
+        return self.topology.channel(self.stats, layer)
 
     def plan(self, probs_TGE: Tensor, channel: Channel, destinations: Tensor | None = None) -> DispatchPlan:
         """Who sends which token where, from the support of the routing weights. One count exchange, one host sync.

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ldmole_ds.distributed.all_to_all import Channel
@@ -33,7 +32,7 @@ class _GatherExperts(torch.autograd.Function):
         out = flat.new_empty(flat.shape[1])
         channel.stats.add("reduce_scatter", num_ranks - 1, (num_ranks - 1) * out.numel() * out.element_size())
         with channel.guard("reduce_scatter"):
-            dist.reduce_scatter_tensor(out, flat.view(-1), group=channel.group)
+            channel.collectives.reduce_scatter(out, flat.view(-1))
         parts = out.split([shape.numel() for shape in ctx.shapes])
         return None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
 
@@ -46,7 +45,7 @@ def gather_flat(tensors: Sequence[Tensor], channel: Channel) -> Tensor:
     remote = channel.size - 1
     channel.stats.add("gather", remote, remote * flat.numel() * flat.element_size())
     with channel.guard("gather"):
-        dist.all_gather_into_tensor(gathered.view(-1), flat, group=channel.group)
+        channel.collectives.all_gather(gathered.view(-1), flat)
     return gathered
 
 

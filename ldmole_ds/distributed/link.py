@@ -81,10 +81,10 @@ def measure_link(topology: ExpertParallel, device: torch.device, itemsize: int =
 
 def _exchange(num_bytes: int, topology: ExpertParallel, device: torch.device) -> Callable[[], Tensor]:
     out = torch.empty(num_bytes // 4 // topology.ep_size * topology.ep_size, device=device)
-    data = torch.zeros_like(out)
+    data, collectives = torch.zeros_like(out), topology.collectives
 
     def exchange() -> Tensor:
-        dist.all_to_all_single(out, data, group=topology.ep_group)
+        collectives.all_to_all(out, data).wait()
         return out
 
     return exchange

@@ -20,7 +20,11 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from ldmole_ds.distributed import deepspeed_groups, deepspeed_private
+from ldmole_ds.distributed.all_to_all import Channel, CommStats
+from ldmole_ds.distributed.collectives import Collectives
 from ldmole_ds.distributed.deepspeed_engine import prepare_engines
+from ldmole_ds.distributed.mailboxes import Mailboxes
+from ldmole_ds.distributed.shared_memory import open_mailboxes
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class ExpertParallel:
         edp_group: Process group of the ranks with the same experts, None when ``ep_size == 1``.
         world_size: All ranks; every one is a data-parallel rank.
         rank: This rank's global index.
+        mailboxes: Of the EP group, where its ranks share memory (`ldmole_ds.distributed.shared_memory`).
     """
 
     ep_size: int = 1
@@ -42,6 +47,7 @@ class ExpertParallel:
     edp_group: dist.ProcessGroup | None = None
     world_size: int = 1
     rank: int = 0
+    mailboxes: Mailboxes | None = None
 
     @property
     def group_name(self) -> str:
@@ -58,6 +64,16 @@ class ExpertParallel:
     def partitions(self, num_experts: int) -> bool:
         """Whether a layer with this many experts is spread over the EP group (else it is replicated)."""
         return self.ep_size > 1 and num_experts % self.ep_size == 0
+
+    @property
+    def collectives(self) -> Collectives:
+        """How the ranks of the EP group reach each other."""
+        assert self.ep_group is not None, "a rank that holds all experts exchanges nothing"
+        return Collectives(self.ep_group, self.mailboxes)
+
+    def channel(self, stats: CommStats, layer: str) -> Channel:
+        """The way of a layer's collectives."""
+        return Channel(self.collectives.group, stats, layer, self.mailboxes)
 
 
 def expert_parallel(ep_size: int = 1) -> ExpertParallel:
@@ -90,7 +106,8 @@ def expert_parallel(ep_size: int = 1) -> ExpertParallel:
         ep_group, edp_group = deepspeed_private.create_expert_groups(ep_size)
     else:
         ep_group, edp_group = _create_groups(ep_size, world_size, rank)
-    topology = ExpertParallel(ep_size, dist.get_rank(ep_group), ep_group, edp_group, world_size, rank)
+    mailboxes = open_mailboxes(ep_group).mailboxes
+    topology = ExpertParallel(ep_size, dist.get_rank(ep_group), ep_group, edp_group, world_size, rank, mailboxes)
     assert dist.get_world_size(ep_group) == ep_size and topology.ep_rank == rank % ep_size
     return topology
 

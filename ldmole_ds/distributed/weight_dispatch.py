@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ldmole_ds.distributed.all_to_all import Channel, CommStats, largest_of
+from ldmole_ds.distributed.all_to_all import CommStats, largest_of
 from ldmole_ds.distributed.dispatch import ExpertWeights, LocalTokenDispatcher
 from ldmole_ds.distributed.expert_gather import gather_experts, gather_flat, is_outdated
 from ldmole_ds.distributed.topology import ExpertParallel
@@ -46,14 +46,14 @@ class WeightGatherDispatcher(LocalTokenDispatcher):
         if self._kept:
             own = self.topology.ep_rank
             outdated = [is_outdated(kept, experts[layer], own) for layer, kept in self._kept.items()]
-            if largest_of(torch.stack(outdated).any(), Channel(self.topology.ep_group, self.stats, "all layers")):
+            if largest_of(torch.stack(outdated).any(), self.topology.channel(self.stats, "all layers")):
                 self._kept.clear()
         if not self._keep:
             self._kept.clear()
 
     def gathered(self, experts: ExpertWeights, layer: str) -> ExpertWeights:
         """All experts of an input group. Collective: one all-gather forward, one reduce-scatter backward."""
-        channel = Channel(self.topology.ep_group, self.stats, layer)
+        channel = self.topology.channel(self.stats, layer)
         if self._keep and layer not in self._kept:
             self._kept[layer] = gather_flat([experts.lora_A, *experts.lora_B], channel)
         lora_A, lora_B = gather_experts(experts.lora_A, experts.lora_B, channel, self._kept.get(layer))

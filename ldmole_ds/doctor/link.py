@@ -10,6 +10,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from ldmole_ds.distributed.collectives import Collectives
+from ldmole_ds.distributed.shared_memory import open_mailboxes
+from ldmole_ds.distributed.topology import ExpertParallel
+
 SIZES = tuple(1 << exponent for exponent in range(10, 25, 2))  # 1 KiB to 16 MiB
 _ROUNDS = {True: 20, False: 5}  # up to 64 KiB, above
 
@@ -31,37 +35,47 @@ class LinkTime:
     bandwidth: float
 
 
+def way_of(topology: ExpertParallel) -> str:
+    """By what the ranks of this rank's EP group reach each other, and why not through memory where they do not."""
+    if topology.mailboxes is not None:
+        return "shared memory"
+    backend = dist.get_backend(topology.ep_group)
+    if backend != "gloo" or topology.ep_size == 1:
+        return backend
+    return f"{backend} ({open_mailboxes(topology.collectives.group).why_not})"
+
+
 def measure_collectives(
-    group: dist.ProcessGroup, device: torch.device, sizes: tuple[int, ...] = SIZES
+    collectives: Collectives, device: torch.device, sizes: tuple[int, ...] = SIZES
 ) -> list[LinkTime]:
-    """Time every collective at every size. Collective: all ranks of the job call it, each with its own group.
+    """Time every collective at every size. Collective: all ranks of the job call it, each for its own group.
 
     Args:
-        group: The ranks among which to measure; all groups measure at once, as they do in training.
+        collectives: Of the ranks among which to measure; all groups measure at once, as they do in training.
         device: Where the buffers are.
         sizes: Bytes, multiples of four.
     """
-    num_ranks = dist.get_world_size(group)
+    num_ranks = collectives.size
     times = []
     for num_bytes in sizes:
         part = max(1, num_bytes // 4 // num_ranks)
         whole, one = torch.zeros(part * num_ranks, device=device), torch.zeros(part, device=device)
         result = torch.empty_like(whole)
-        for name, run in _collectives(whole, one, result, group).items():
+        for name, run in _runs(whole, one, result, collectives).items():
             seconds = _median_seconds(run, result, rounds=_ROUNDS[num_bytes <= 1 << 16])
             sent = 4 * part * (num_ranks - 1)
             times.append(LinkTime(name, num_bytes, seconds, sent / seconds))
     return times
 
 
-def _collectives(
-    whole: torch.Tensor, one: torch.Tensor, result: torch.Tensor, group: dist.ProcessGroup
+def _runs(
+    whole: torch.Tensor, one: torch.Tensor, result: torch.Tensor, collectives: Collectives
 ) -> dict[str, Callable[[], object]]:
     """Each moves ``(P - 1) / P`` of a buffer per rank."""
     return {
-        "all-to-all": lambda: dist.all_to_all_single(result, whole, group=group),
-        "all-gather": lambda: dist.all_gather_into_tensor(result, one, group=group),
-        "reduce-scatter": lambda: dist.reduce_scatter_tensor(one, whole, group=group),
+        "all-to-all": lambda: collectives.all_to_all(result, whole).wait(),
+        "all-gather": lambda: collectives.all_gather(result, one),
+        "reduce-scatter": lambda: collectives.reduce_scatter(one, whole),
     }
 
 

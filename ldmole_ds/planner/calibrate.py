@@ -135,12 +135,12 @@ def _step(model: LDMoLEModel, ids: Tensor) -> Tensor:
 
 def _exchange(ep_size: int, num_bytes: int, device: torch.device) -> float:
     """Seconds of an all-to-all in which a rank's whole buffer has so many bytes."""
-    group = expert_parallel(ep_size).ep_group
+    collectives = expert_parallel(ep_size).collectives
     data = torch.zeros(num_bytes // 4 // ep_size * ep_size, device=device)
     out = torch.empty_like(data)
 
     def run() -> Tensor:
-        dist.all_to_all_single(out, data, group=group)
+        collectives.all_to_all(out, data).wait()
         return out
 
     return fastest(run, device)

@@ -21,6 +21,7 @@ HOME = "distributed/deepspeed_private.py"
 OTHERS = {
     "python, argparse": {"__dict__", "__module__", "__name__", "__traceback__", "_actions", "_exit"},
     "torch": {"_C", "_ConvNd", "_current_graph_task_id", "_modules", "_set_pg_timeout", "_version", "_world"},
+    "torch, a group's timeout": {"_get_backend", "_timeout"},
     "torch, tracing": {"_TorchDispatchModeKey", "_get_dispatch_mode", "_len_torch_dispatch_stack"},
     "torch, tensors and hooks": {"_forward_hooks", "_global_forward_hooks", "_is_view"},
     "torch, operations by name": {

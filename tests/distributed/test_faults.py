@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ldmole_ds.distributed import PeerError
+from ldmole_ds.distributed.shared_memory import SWITCH
 from ldmole_ds.model import ldmole_param_groups
 from ldmole_ds.training.runtime import limit_group_timeouts
 from tests.distributed_utils import RankError, run_distributed
@@ -62,15 +63,19 @@ def train_with_fault(rank: int, world_size: int, fault: str, expert_dispatch: st
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("fault", "expert_dispatch", "phase"),
+    ("fault", "expert_dispatch", "phase", "shared_memory"),
     [
-        ("kill", "tokens", "counts"),
-        ("stop", "tokens", "counts"),
-        ("raise", "tokens", "counts"),
-        ("kill", "weights", "gather"),
+        ("kill", "tokens", "counts", "auto"),
+        ("stop", "tokens", "counts", "auto"),
+        ("raise", "tokens", "counts", "auto"),
+        ("kill", "weights", "gather", "auto"),
+        ("kill", "tokens", "counts", "off"),
+        ("stop", "tokens", "counts", "off"),
+        ("kill", "weights", "gather", "off"),
     ],
 )
-def test_peers_say_where_they_stood(fault, expert_dispatch, phase, monkeypatch):
+def test_peers_say_where_they_stood(fault, expert_dispatch, phase, shared_memory, monkeypatch):
+    monkeypatch.setenv(SWITCH, shared_memory)
     monkeypatch.setattr("tests.distributed_utils._GRACE_S", 4.0)
     report = survivors(fault, expert_dispatch)
     assert f"rank 0 stopped in phase '{phase}' of {LAYER}, step {FAULTY_STEP}" in report

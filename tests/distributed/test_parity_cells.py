@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ldmole_ds.distributed import expert_parallel, shared_memory
 from ldmole_ds.ops import grouped_experts, matrix_products
 from ldmole_ds.ops.expert_compute import SWITCH
 from ldmole_ds.parity import Cell, default_cells, full_matrix, judge, run_cells, verdict_table
@@ -114,6 +115,33 @@ def test_another_library_for_the_products_does_not_change_training():
         verdicts = [
             judge(cell, run, dense_run(cell.accumulation, cell.router), None)
             for cell, run in zip(ONEDNN, runs, strict=True)
+        ]
+        assert all(v.passed for v in verdicts), "\n" + verdict_table([v for v in verdicts if not v.passed])
+
+
+BACKEND = [
+    Cell((2, 1), "1", accumulation=2),
+    Cell((2, 2), "2", checkpointing=True),
+    Cell((2, 2), "2", expert_dispatch="weights"),
+    Cell((2, 2), "3"),
+]
+
+
+def run_backend(rank: int, world_size: int) -> tuple[list[Run], bool]:
+    """The runs with the backend's exchange, and whether memory was shared."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(shared_memory.SWITCH, "off")
+        return run_cells(rank, world_size, BACKEND), expert_parallel(2).mailboxes is not None
+
+
+@pytest.mark.distributed
+def test_the_backends_exchange_does_not_change_training():
+    """Wherever ranks share memory, the other tests exchange through it."""
+    for runs, shared in run_distributed(run_backend, 2, deepspeed=True, timeout_s=600):
+        assert not shared
+        verdicts = [
+            judge(cell, run, dense_run(cell.accumulation, cell.router), None)
+            for cell, run in zip(BACKEND, runs, strict=True)
         ]
         assert all(v.passed for v in verdicts), "\n" + verdict_table([v for v in verdicts if not v.passed])
 

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ldmole_ds.distributed import expert_parallel
 from ldmole_ds.distributed.zero import gathered, is_zero3_parameter, partitioned_init
 from ldmole_ds.model import get_ldmole_model, ldmole_param_groups
 from ldmole_ds.model.adapter_io import read_state
@@ -54,6 +55,7 @@ def attach(rank: int, world_size: int) -> dict:
     with Watch() as control, gathered(params[:1]):
         pass
     config = tiny_config(num_experts=2, r=1, lambda_hidden_size=4)
+    expert_parallel(world_size)  # groups are made with collectives of their own
     with Watch() as watch:
         model = get_ldmole_model(base, config, ep_size=world_size)
     return {

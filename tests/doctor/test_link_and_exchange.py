@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from ldmole_ds.distributed import expert_exchange
 from ldmole_ds.doctor.exchange import ExchangeCheck, check_exchange, exchange_groups
-from ldmole_ds.doctor.link import LinkTime, measure_collectives
+from ldmole_ds.doctor.link import LinkTime, measure_collectives, way_of
 from tests.distributed_utils import run_distributed
 
 CPU = torch.device("cpu")
@@ -22,7 +22,8 @@ def look(rank: int, world_size: int) -> tuple[list[LinkTime], list[ExchangeCheck
     with pytest.raises(ValueError, match="does not divide"):
         exchange_groups(3)
     topology = exchange_groups()
-    link = measure_collectives(topology.ep_group, CPU, (1 << 10, 1 << 14))
+    assert way_of(topology) == ("gloo" if world_size == 1 else "shared memory")
+    link = measure_collectives(topology.collectives, CPU, (1 << 10, 1 << 14))
     checks = check_exchange(topology, CPU)
 
     class Mixed(expert_exchange.Exchange):
@@ -61,6 +62,6 @@ def test_one_gpu_through_nccl(tmp_path):
     try:
         topology = exchange_groups()
         assert all(check.passed for check in check_exchange(topology, device))
-        assert all(time.seconds > 0 for time in measure_collectives(topology.ep_group, device, (1 << 10,)))
+        assert all(time.seconds > 0 for time in measure_collectives(topology.collectives, device, (1 << 10,)))
     finally:
         dist.destroy_process_group()
