@@ -83,9 +83,8 @@ class Report:
         exchanges = [time for time in self.link if time.collective == "all-to-all"]
         rate = _rate(max(time.bandwidth for time in exchanges))
         sent = f"bandwidth {rate} GB/s" if self.ep_size > 1 else "nothing is sent to others"
-        head = (
-            f"all-to-all among {self.ep_size} rank(s), {self.way}: latency {exchanges[0].seconds * 1e6:.0f} us, {sent}"
-        )
+        latency = f"latency {exchanges[0].seconds * 1e6:.0f} us"
+        head = f"all-to-all among {self.ep_size} rank(s), {self.way}: {latency}, {sent}"
         return f"{head}\nmedian times, and what each rank sends to others:\n{_table(rows)}"
 
     def _exchange(self) -> str:

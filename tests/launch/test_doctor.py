@@ -56,8 +56,8 @@ def test_two_ranks_of_torchrun(tmp_path):
     done = run("-m", "torch.distributed.run", *flags, OMP_NUM_THREADS="8")
     assert done.returncode == 0, done.stdout + done.stderr
     for said in (
-        "package ", "deepspeed ", "2 rank(s) on 1 host(s)", "all-to-all among 2 rank(s): latency ", " GB/s",
-        "tokens       pass", "what to fix",
+        "package ", "deepspeed ", "2 rank(s) on 1 host(s)",
+        "all-to-all among 2 rank(s), shared memory: latency ", " GB/s", "tokens       pass", "what to fix",
     ):  # fmt: skip
         assert said in done.stdout
     result = json.loads(path.read_text())
@@ -71,7 +71,7 @@ def test_two_ranks_of_torchrun(tmp_path):
 def test_a_broken_exchange_in_one_process(broken_doctor):
     done = run(broken_doctor)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "1 rank(s) on 1 host(s)" in done.stdout and "all-to-all among 1 rank(s): latency " in done.stdout
+    assert "1 rank(s) on 1 host(s)" in done.stdout and "all-to-all among 1 rank(s), gloo: latency " in done.stdout
     assert "tokens       FAIL" in done.stdout and "weights      pass" in done.stdout
     assert "exchange: the one of tokens is wrong. Do not train" in done.stdout
 
