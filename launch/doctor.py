@@ -93,7 +93,7 @@ def examine(args: argparse.Namespace, accelerator: str) -> dict:
     dist.all_gather_object(ranks, ranks[0])
     device = torch.device("cuda", torch.cuda.current_device()) if accelerator == "cuda" else torch.device("cpu")
     link, exchange = measure_collectives(topology.collectives, device), check_exchange(topology, device)
-    way = way_of(topology)
+    way = way_of(topology, device)
     report = Report(accelerator, dist.get_backend(), topology.ep_size, ranks, way, link, exchange)
     if is_main_process():
         print(report, flush=True)

@@ -32,8 +32,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ldmole_ds.ops import c_library
 from tests.rank_server import Rank, fork_rank
 
+# Whether ranks can exchange through shared memory: `ldmole_ds.distributed.shared_memory`.
+CAN_SHARE = all(hasattr(os, name) for name in ("memfd_create", "pidfd_open")) and c_library.compiler() is not None
 _POLL_S = 0.02
 # After one rank has failed, the time the others get to fail too before they are killed.
 _GRACE_S = 2.0

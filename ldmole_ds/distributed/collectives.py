@@ -1,4 +1,4 @@
-"""The collectives of an EP group: through memory that its ranks share where that is open, else `torch.distributed`'s.
+"""Collectives of an EP group: through memory that its ranks share where that is open, else `torch.distributed`'s.
 
 Tensors are contiguous. Backends that queue their work, as NCCL does, return before it is done; `wait` queues behind it.
 """

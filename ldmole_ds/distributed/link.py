@@ -60,8 +60,8 @@ def sending_device(group: dist.ProcessGroup, device: torch.device) -> torch.devi
 def measure_link(topology: ExpertParallel, device: torch.device, itemsize: int = 4) -> Link:
     """Latency and bandwidth of an all-to-all in the EP group, and the speed of a product. Collective.
 
-    Medians, those of rank 0 for everyone. ``device`` is a `sending_device`; ``itemsize`` says whether products are in
-    float32 (4) or bfloat16 (2).
+    Medians, the same for everyone: those of the slowest group, where some lie on one machine and some across machines.
+    ``device`` is a `sending_device`; ``itemsize`` says whether products are in float32 (4) or bfloat16 (2).
     """
     tokens, width, ranks = _PROBE_PRODUCT
     dtype = torch.bfloat16 if itemsize == 2 else torch.float32
@@ -73,10 +73,14 @@ def measure_link(topology: ExpertParallel, device: torch.device, itemsize: int =
     sent = _PROBE_BYTES * (topology.ep_size - 1) / topology.ep_size
     flops = 2 * math.prod(_PROBE_PRODUCT) / statistics.median(product)
     grouped_flops = flops * grouped_speed() if may_group_on(device, dtype) else 0.0
-    figures = [*latency_and_bandwidth(small, large, sent), flops, grouped_flops]
-    shared = torch.tensor(figures, dtype=torch.float64, device=device)
-    dist.broadcast(shared, src=0)
-    return Link(*shared.tolist())
+    latency, bandwidth = latency_and_bandwidth(small, large, sent)
+    # The slowest group's exchange, as its first rank has seen it, and the products of rank 0.
+    exchange = [latency, -bandwidth] if topology.ep_rank == 0 else [-math.inf] * 2
+    products = [flops, grouped_flops] if topology.rank == 0 else [-math.inf] * 2
+    shared = torch.tensor([*exchange, *products], dtype=torch.float64, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    latency, slowest, flops, grouped_flops = shared.tolist()
+    return Link(latency, -slowest, flops, grouped_flops)
 
 
 def _exchange(num_bytes: int, topology: ExpertParallel, device: torch.device) -> Callable[[], Tensor]:

@@ -2,7 +2,8 @@
 
 A sender copies its message in and goes on, a receiver copies it out when it asks for it: nobody works for an exchange
 meanwhile. What is too long for the two slots of a mailbox follows in pieces, while the sender waits for what it is to
-receive. Who waits for a rank that has ended, or longer than the group's timeout, gets an error, as from a backend.
+receive. Who waits for a rank that has ended, or longer than the group's timeout, gets an error, as from a backend. So
+does who goes on after an exchange that was broken off.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import select
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,7 +38,7 @@ def functions() -> tuple[Callable[..., int], Callable[..., int]]:
     """
     library = c_library.load((SOURCE,))
     for function in (library.mailbox_put, library.mailbox_take):
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3]
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 5]
     return library.mailbox_put, library.mailbox_take
 
 
@@ -66,20 +69,22 @@ class Peer:
 class _Transfer:
     """A message in one direction, piece by piece; an empty one is a piece, too."""
 
-    def __init__(self, peer: Peer, message: Tensor, *, outwards: bool) -> None:
+    def __init__(self, peer: Peer, message: Tensor, exchange: int, *, outwards: bool) -> None:
         self.peer, self.outwards, self.done = peer, outwards, False
         self._message = message  # kept alive
         self._function, self._box = functions()[not outwards], peer.outbox if outwards else peer.inbox
+        self._label = exchange, message.nbytes
         self._address, self._left = message.data_ptr(), message.nbytes
 
     def advance(self, wait_ns: int = 0) -> bool:
         """Copy the next piece in or out, if that is possible within this time; returns whether it was."""
         num_bytes = min(self._left, self.peer.slot_bytes)
-        result = self._function(self._box, self._address, num_bytes, self.peer.slot_bytes, wait_ns)
+        arguments = (self._address, *self._label, num_bytes, self.peer.slot_bytes, wait_ns)
+        result = self._function(self._box, *arguments)
         if result == _NOT_YET:
             return False
         if result != _DONE:
-            raise RuntimeError(f"rank {self.peer.rank} is in another exchange: its message is not of the size expected")
+            raise RuntimeError(f"rank {self.peer.rank} is in another exchange: its message is not the one expected")
         self._address, self._left = self._address + num_bytes, self._left - num_bytes
         self.done = not self._left
         return True
@@ -87,9 +92,9 @@ class _Transfer:
 
 @dataclass(eq=False)
 class Delivery:
-    """An exchange under way."""
+    """An exchange under way. Keeps what it reads and writes alive."""
 
-    timeout: Callable[[], float]
+    mailboxes: Mailboxes
     pending: list[_Transfer]
 
     def wait(self) -> None:
@@ -98,6 +103,11 @@ class Delivery:
         Raises:
             RuntimeError: A rank has ended, keeps this one waiting for too long, or sends another message.
         """
+        with self.mailboxes.whole_or_broken():
+            self.complete()
+
+    def complete(self) -> None:
+        """`wait`, for who has the mailboxes to himself."""
         begin, waited = time.monotonic(), False
         while self.pending:
             # Who has ended is looked at first: what it did before must not be missed.
@@ -112,9 +122,9 @@ class Delivery:
             waited = not moved
             if moved:
                 begin = time.monotonic()
-            elif time.monotonic() - begin > self.timeout():
+            elif time.monotonic() - begin > self.mailboxes.timeout():
                 ranks = ", ".join(str(rank) for rank in sorted({t.peer.rank for t in self.pending}))
-                raise RuntimeError(f"nothing came from rank {ranks} for {self.timeout():.0f} s")
+                raise RuntimeError(f"nothing came from rank {ranks} for {self.mailboxes.timeout():.0f} s")
 
     def _advance(self, transfers: list[_Transfer], wait_ns: int = 0) -> bool:
         """A piece of each, and whether any moved."""
@@ -139,6 +149,9 @@ class Mailboxes:
     timeout: Callable[[], float]
     memory: object = None
     _under_way: Delivery | None = field(default=None, init=False)
+    _exchanges: int = field(default=0, init=False)
+    _broken_off: bool = field(default=False, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def begin(self, received: Sequence[Tensor], sent: Sequence[Tensor]) -> Delivery:
         """Send ``sent[p]`` to each rank p of the group, and have ``received[p]`` filled by the time of `Delivery.wait`.
@@ -148,16 +161,30 @@ class Mailboxes:
         Args:
             received, sent: P contiguous CPU tensors each. Any may be empty; the same one may be sent to several ranks.
         """
-        if self._under_way is not None:
-            self._under_way.wait()
-        outwards = [_Transfer(peer, message, outwards=True) for peer, message in self._in_turn(sent)]
-        for transfer in outwards:
-            while not transfer.done and transfer.advance():
-                pass
-        received[self.own_rank].copy_(sent[self.own_rank])
-        inwards = [_Transfer(peer, message, outwards=False) for peer, message in self._in_turn(received)]
-        self._under_way = Delivery(self.timeout, [*(t for t in outwards if not t.done), *inwards])
-        return self._under_way
+        if not all(message.is_contiguous() for message in (*received, *sent)):
+            raise ValueError("a message must be contiguous")
+        with self.whole_or_broken():
+            if self._under_way is not None:
+                self._under_way.complete()
+            number, self._exchanges = self._exchanges, self._exchanges + 1
+            outwards = [_Transfer(peer, message, number, outwards=True) for peer, message in self._in_turn(sent)]
+            for transfer in outwards:
+                while not transfer.done and transfer.advance():
+                    pass
+            received[self.own_rank].copy_(sent[self.own_rank])
+            inwards = [_Transfer(peer, message, number, outwards=False) for peer, message in self._in_turn(received)]
+            self._under_way = Delivery(self, [*(t for t in outwards if not t.done), *inwards])
+            return self._under_way
+
+    @contextmanager
+    def whole_or_broken(self) -> Iterator[None]:
+        """One thread at a time; nothing is sent or received after an error or an interrupt in the middle of it."""
+        with self._lock:
+            if self._broken_off:
+                raise RuntimeError("an exchange was broken off before: start the job again")
+            self._broken_off = True
+            yield
+            self._broken_off = False
 
     def _in_turn(self, messages: Sequence[Tensor]) -> Iterator[tuple[Peer, Tensor]]:
         """From the next rank on: not everyone at the same one."""

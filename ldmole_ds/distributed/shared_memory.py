@@ -1,6 +1,6 @@
 """Memory shared by the ranks of an EP group on one machine: they exchange through it instead of through a network.
 
-The backend for tensors on CPUs (gloo) sends through sockets, also to the process beside it: the kernel copies each
+Of tensors on CPUs. Their backend (gloo) sends through sockets, also to the process beside it: the kernel copies each
 message twice, in small pieces, and threads of its own compete with the products for the cores. Here a message is copied
 into memory that the other process has mapped, and out of it. The environment variable ``LDMOLE_SHARED_MEMORY``:
 
@@ -11,7 +11,8 @@ into memory that the other process has mapped, and out of it. The environment va
 It can be done on Linux, with a C compiler, between processes of one user on one machine and in one network namespace
 (who separates the networks of two processes means two machines). Each rank makes one anonymous file in memory with a
 mailbox for every other rank of its group, which they open through ``/proc``. Of its pages those exist that were
-written to: as much as the longest messages, and at most `_RANK_BYTES`.
+written to: twice the longest messages of a rank, and at most `_RANK_BYTES`. A rank with P - 1 others holds 2 P - 1 file
+descriptors for them.
 """
 
 from __future__ import annotations
@@ -31,12 +32,11 @@ import torch.distributed as dist
 
 from ldmole_ds.distributed.agreement import everyones
 from ldmole_ds.distributed.mailboxes import HEADER_BYTES, SLOTS, Mailboxes, Peer, functions
-from ldmole_ds.ops.c_library import NoCompilerError
 
 SWITCH = "LDMOLE_SHARED_MEMORY"
 CHOICES = ("auto", "off", "on")
-# Of all slots of a rank, and of one slot at least and at most.
-_RANK_BYTES, _LEAST_SLOT_BYTES, _MOST_SLOT_BYTES = 1 << 28, 1 << 20, 1 << 25
+# Of all slots of a rank, and of one slot at most.
+_RANK_BYTES, _MOST_SLOT_BYTES = 1 << 28, 1 << 25
 # Behind what csrc/mailbox.c keeps in a header: by it a rank knows that it has opened the right file.
 _TOKEN_AT, _TOKEN_BYTES = 1024, 16
 
@@ -71,14 +71,18 @@ def open_mailboxes(group: dist.ProcessGroup) -> Opened:
         RuntimeError: It is ``on`` for some rank, and cannot be done for some group; raised on all.
     """
     if group not in _opened:
-        _opened[group] = _open(group)
+        backend = dist.get_backend(group)
+        if backend != "gloo":  # on all ranks alike; for others than tensors on CPUs
+            _opened[group] = Opened(None, f"the backend is {backend}")
+        else:
+            _opened[group] = _open(group)
     return _opened[group]
 
 
 def _open(group: dist.ProcessGroup) -> Opened:
     ranks = dist.get_process_group_ranks(group)
     with ExitStack() as until_all_have_opened:
-        memory, offer = _offer(group, ranks, until_all_have_opened)
+        memory, offer = _offer(ranks, until_all_have_opened)
         offers = everyones(offer)
         switches = [o.switch for o in offers]
         for rank, switch in enumerate(switches):
@@ -88,7 +92,7 @@ def _open(group: dist.ProcessGroup) -> Opened:
         if not why_not:
             try:
                 mailboxes = _mailboxes(group, ranks, offers, memory)
-            except OSError as error:
+            except Exception as error:  # whatever it was, the others must hear of it
                 why_not = f"rank {dist.get_rank()} cannot open the memory of another one: {error}"
         everyones_reasons = everyones(why_not)
     reason = next((everyones_reasons[rank] for rank in ranks if everyones_reasons[rank]), "")
@@ -98,15 +102,14 @@ def _open(group: dist.ProcessGroup) -> Opened:
     return Opened(None, reason) if reason else Opened(mailboxes)
 
 
-def _offer(group: dist.ProcessGroup, ranks: list[int], stack: ExitStack) -> tuple[mmap.mmap | None, _Offer]:
-    """This rank's memory, which can be opened until the stack is left."""
+def _offer(ranks: list[int], stack: ExitStack) -> tuple[mmap.mmap | None, _Offer]:
+    """This rank's memory, and what it tells the others, who open it before the stack is left."""
     switch = os.environ.get(SWITCH) or "auto"
     if switch == "off":
         return None, _Offer(switch, why_not=f"{SWITCH}=off")
-    if dist.get_backend(group) != "gloo":
-        return None, _Offer(switch, why_not=f"the backend is {dist.get_backend(group)}")
     try:
         functions()
+        os.close(os.pidfd_open(os.getpid()))
         descriptor = os.memfd_create("ldmole_ds", os.MFD_CLOEXEC)
         stack.callback(os.close, descriptor)
         box_bytes, token = _box_bytes(len(ranks)), secrets.token_bytes(_TOKEN_BYTES)
@@ -115,15 +118,16 @@ def _offer(group: dist.ProcessGroup, ranks: list[int], stack: ExitStack) -> tupl
         for box in range(0, len(memory), box_bytes):
             memory[box + _TOKEN_AT : box + _TOKEN_AT + _TOKEN_BYTES] = token
         host = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/net')}"
-    except (OSError, AttributeError, NoCompilerError) as error:  # AttributeError: of `os`, on another system
+    except Exception as error:  # among them AttributeError: of `os`, on another system
         return None, _Offer(switch, why_not=f"rank {dist.get_rank()} has no memory to share: {error}")
     return memory, _Offer(switch, host, os.getpid(), descriptor, token)
 
 
 def _refusal(offers: Sequence[_Offer], ranks: list[int]) -> str:
     """Why the ranks of a group do not share memory, as far as their offers say; the same on each of them."""
-    if any(offers[rank].why_not for rank in ranks):
-        return next(offers[rank].why_not for rank in ranks if offers[rank].why_not)
+    for rank in ranks:
+        if offers[rank].why_not:
+            return offers[rank].why_not
     if len({offers[rank].host for rank in ranks}) > 1:
         return f"ranks {ranks[0]} to {ranks[-1]} are not on one machine"
     return ""
@@ -149,7 +153,7 @@ def _mailboxes(
 
 def _box_bytes(num_ranks: int) -> int:
     """Of each mailbox in a group of so many ranks, whole pages."""
-    slot = min(max(_RANK_BYTES // (SLOTS * (num_ranks - 1)), _LEAST_SLOT_BYTES), _MOST_SLOT_BYTES)
+    slot = min(_RANK_BYTES // (SLOTS * (num_ranks - 1)), _MOST_SLOT_BYTES)
     pages = -(-(HEADER_BYTES + SLOTS * slot) // mmap.ALLOCATIONGRANULARITY)
     return pages * mmap.ALLOCATIONGRANULARITY
 
@@ -158,10 +162,11 @@ def _open_box(offer: _Offer, own: int, box_bytes: int) -> mmap.mmap:
     """The mailbox for this rank in another one's memory."""
     descriptor = os.open(f"/proc/{offer.process}/fd/{offer.descriptor}", os.O_RDWR | os.O_CLOEXEC)
     try:
-        box = mmap.mmap(descriptor, box_bytes, offset=own * box_bytes)
+        large_enough = os.fstat(descriptor).st_size >= (own + 1) * box_bytes
+        box = mmap.mmap(descriptor, box_bytes, offset=own * box_bytes) if large_enough else None
     finally:
         os.close(descriptor)
-    if box[_TOKEN_AT : _TOKEN_AT + _TOKEN_BYTES] != offer.token:
+    if box is None or box[_TOKEN_AT : _TOKEN_AT + _TOKEN_BYTES] != offer.token:
         raise OSError(f"process {offer.process} is another one here")
     return box
 

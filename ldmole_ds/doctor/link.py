@@ -35,13 +35,13 @@ class LinkTime:
     bandwidth: float
 
 
-def way_of(topology: ExpertParallel) -> str:
-    """By what the ranks of this rank's EP group reach each other, and why not through memory where they do not."""
+def way_of(topology: ExpertParallel, device: torch.device) -> str:
+    """How tensors on ``device`` reach the other ranks of the EP group, and why not through memory if they do not."""
+    backend = dist.get_backend(topology.ep_group)
+    if backend != "gloo" or topology.ep_size == 1 or device.type != "cpu":
+        return backend
     if topology.mailboxes is not None:
         return "shared memory"
-    backend = dist.get_backend(topology.ep_group)
-    if backend != "gloo" or topology.ep_size == 1:
-        return backend
     return f"{backend} ({open_mailboxes(topology.collectives.group).why_not})"
 
 

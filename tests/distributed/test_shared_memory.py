@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -13,15 +15,13 @@ import torch.distributed as dist
 from ldmole_ds.distributed import CommStats, PeerError, expert_parallel, shared_memory
 from ldmole_ds.distributed.all_to_all import Channel, all_to_all, exchange_counts
 from ldmole_ds.distributed.collectives import Collectives
-from ldmole_ds.distributed.mailboxes import functions
+from ldmole_ds.distributed.link import measure_link
+from ldmole_ds.distributed.mailboxes import Mailboxes
 from ldmole_ds.distributed.shared_memory import SWITCH, open_mailboxes
 from ldmole_ds.ops.c_library import NoCompilerError
-from tests.distributed_utils import run_distributed
+from tests.distributed_utils import CAN_SHARE, run_distributed
 
-pytestmark = [
-    pytest.mark.distributed,
-    pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux"),
-]
+pytestmark = [pytest.mark.distributed, pytest.mark.skipif(not CAN_SHARE, reason="needs Linux and a C compiler")]
 ROUNDS = 12
 
 
@@ -37,7 +37,7 @@ def splits_of(round_: int, ranks: int, slot_rows: int) -> torch.Tensor:
 
 def compare(rank: int, world_size: int, ep_size: int) -> dict[str, int]:
     """Both ways of every collective, bit by bit where nothing is added up."""
-    shared_memory._MOST_SLOT_BYTES = shared_memory._LEAST_SLOT_BYTES = 1 << 14
+    shared_memory._MOST_SLOT_BYTES = 1 << 14
     topology = expert_parallel(ep_size)
     assert topology.mailboxes is not None and expert_parallel(ep_size).mailboxes is topology.mailboxes
     memory, backend = topology.collectives, Collectives(topology.ep_group)
@@ -144,13 +144,14 @@ def test_each_group_chooses_for_itself():
     assert run_distributed(two_groups, 4) == [[True], [True], [False], [False]]
 
 
-def another_process(rank: int, world_size: int) -> str:
-    """What a rank has told of itself leads elsewhere, as between containers."""
-    original = shared_memory._offer
+def another_process(rank: int, world_size: int, elsewhere: str) -> str:
+    """What rank 1 has told of itself leads elsewhere, as between containers."""
+    original, other = shared_memory._offer, os.open("/dev/zero" if elsewhere == "device" else __file__, os.O_RDWR)
+    leads_to = {"memory": {"token": b"x" * 16}, "nothing": {"process": 1 << 22}}.get(elsewhere, {"descriptor": other})
 
     def offer(*args):
         memory, told = original(*args)
-        return memory, told.__class__(**{**vars(told), "token": b"x" * 16})
+        return memory, told.__class__(**{**vars(told), **(leads_to if rank else {})})
 
     shared_memory._offer = offer
     topology = expert_parallel(2)
@@ -158,29 +159,83 @@ def another_process(rank: int, world_size: int) -> str:
     return open_mailboxes(topology.ep_group).why_not
 
 
-def test_a_process_that_is_not_the_one_meant_is_found_out():
-    for reason in run_distributed(another_process, 2):
-        assert "cannot open the memory of another one" in reason and "is another one here" in reason
+@pytest.mark.parametrize("elsewhere", ["memory", "file", "device", "nothing"])
+def test_a_process_that_is_not_the_one_meant_is_found_out(elsewhere):
+    for reason in run_distributed(another_process, 2, elsewhere):
+        assert reason.startswith("rank 0 cannot open the memory of another one: ")
+        assert ("No such file" if elsewhere == "nothing" else "is another one here") in reason
 
 
-def left_behind(rank: int, world_size: int) -> tuple[int, int, int]:
-    """Mappings with the group, and without; and descriptors more than before."""
-    functions()
-    before = len(os.listdir("/proc/self/fd"))
+def without_pidfd(rank: int, world_size: int) -> str:
+    """A Python that was built for a system without them, on one rank."""
+    if rank == 1:
+        del os.pidfd_open
+    topology = expert_parallel(2)
+    assert topology.mailboxes is None
+    return open_mailboxes(topology.ep_group).why_not
+
+
+def test_a_rank_that_cannot_watch_the_others_is_heard_of():
+    for reason in run_distributed(without_pidfd, 2):
+        assert reason.startswith("rank 1 has no memory to share: ") and "pidfd_open" in reason
+
+
+def another_backend(rank: int, world_size: int) -> tuple[bool, str]:
+    """No collective takes place, which would need a device of the rank's own."""
+    shared_memory.dist.get_backend = lambda group: "nccl"
+    shared_memory.everyones = None
+    topology = expert_parallel(2)
+    return topology.mailboxes is None, open_mailboxes(topology.ep_group).why_not
+
+
+def test_other_backends_are_left_alone():
+    assert run_distributed(another_backend, 2) == [(True, "the backend is nccl")] * 2
+
+
+def slow_link(rank: int, world_size: int) -> float:
+    """The latency that ranks assume when the second group's is a tenth of a second."""
+    topology = expert_parallel(2)
+    if rank > 1:
+        begin = Mailboxes.begin
+
+        def late(*args):
+            time.sleep(0.1)
+            return begin(*args)
+
+        Mailboxes.begin = late
+    return measure_link(topology, torch.device("cpu")).latency
+
+
+def test_the_slowest_group_decides_for_all():
+    latencies = run_distributed(slow_link, 4)
+    assert len(set(latencies)) == 1 and latencies[0] > 0.1
+
+
+def mappings_and_descriptors() -> tuple[int, int, int]:
+    """Of shared memory: mappings, files, and processes watched."""
+    links = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the folder's own
+            links.append(os.readlink(f"/proc/self/fd/{name}"))
+    mapped = Path("/proc/self/maps").read_text().count("memfd:ldmole_ds")
+    return mapped, sum("memfd:ldmole_ds" in link for link in links), sum("pidfd" in link for link in links)
+
+
+def left_behind(rank: int, world_size: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """With the group, and without."""
     topology = expert_parallel(2)
     topology.collectives.all_to_all(torch.empty(2), torch.zeros(2)).wait()
-    held = Path("/proc/self/maps").read_text().count("memfd:ldmole_ds")
+    held = mappings_and_descriptors()
     dist.barrier()
     dist.destroy_process_group()
     del topology
     gc.collect()
-    after = Path("/proc/self/maps").read_text().count("memfd:ldmole_ds")
-    return held, after, len(os.listdir("/proc/self/fd")) - before
+    return held, mappings_and_descriptors()
 
 
 def test_nothing_is_left_when_the_group_is_gone():
-    for held, after, descriptors in run_distributed(left_behind, 2):
-        assert held == 2 and after == 0 and descriptors <= 0
+    for held, after in run_distributed(left_behind, 2):
+        assert held == (2, 2, 1) and after == (0, 0, 0)
 
 
 def leaves_early(rank: int, world_size: int) -> str:

@@ -15,18 +15,25 @@
 #include <unistd.h>
 
 #define SLOTS 2
-#define HEADER 4096    /* bytes: slots begin at a page */
-#define SPIN_NS 30000  /* about what going to sleep and being woken costs */
+#define HEADER 4096     /* bytes: slots begin at a page */
+#define OWN_HEADER 1024 /* of which the rest is the callers' */
+#define SPIN_NS 30000   /* about what going to sleep and being woken costs */
 
-enum { DONE = 0, NOT_YET = 1, OTHER_SIZE = 2 };
+enum { DONE = 0, NOT_YET = 1, ANOTHER = 2 };
+
+/* To which message a piece belongs: both ends must mean the same one. */
+typedef struct {
+    int64_t exchange, message_bytes, bytes;
+} Label;
 
 typedef struct {
     _Alignas(64) atomic_uint filled; /* pieces put in, modulo 2^32 */
-    int64_t bytes[SLOTS];
+    Label labels[SLOTS];
     _Alignas(64) atomic_uint taken; /* pieces taken out */
 } Mailbox;
 
 _Static_assert(sizeof(atomic_uint) == 4, "a futex is a word of four bytes");
+_Static_assert(sizeof(Mailbox) <= OWN_HEADER, "the callers' part of the header");
 
 static inline void relax(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -72,26 +79,29 @@ static char *slot_of(Mailbox *box, unsigned piece, int64_t slot_bytes) {
     return (char *)box + HEADER + piece % SLOTS * slot_bytes;
 }
 
-/* Put a piece in. NOT_YET: both slots were full all the time; OTHER_SIZE: it is larger than a slot. */
-int mailbox_put(Mailbox *box, const void *data, int64_t bytes, int64_t slot_bytes, int64_t wait_ns) {
+/* Put a piece in. NOT_YET: both slots were full all the time; ANOTHER: it is larger than a slot. */
+int mailbox_put(Mailbox *box, const void *data, int64_t exchange, int64_t message_bytes, int64_t bytes,
+                int64_t slot_bytes, int64_t wait_ns) {
     const unsigned piece = atomic_load_explicit(&box->filled, memory_order_relaxed);
     if (bytes > slot_bytes)
-        return OTHER_SIZE;
+        return ANOTHER;
     if (!has_left(&box->taken, piece - SLOTS, wait_ns))
         return NOT_YET;
     memcpy(slot_of(box, piece, slot_bytes), data, bytes);
-    box->bytes[piece % SLOTS] = bytes;
+    box->labels[piece % SLOTS] = (Label){exchange, message_bytes, bytes};
     count(&box->filled, piece + 1);
     return DONE;
 }
 
-/* Take the next piece out. NOT_YET: there was none all the time; OTHER_SIZE: it is not of so many bytes. */
-int mailbox_take(Mailbox *box, void *data, int64_t bytes, int64_t slot_bytes, int64_t wait_ns) {
+/* Take the next piece out. NOT_YET: there was none all the time; ANOTHER: it is of another message, or not of so many bytes. */
+int mailbox_take(Mailbox *box, void *data, int64_t exchange, int64_t message_bytes, int64_t bytes, int64_t slot_bytes,
+                 int64_t wait_ns) {
     const unsigned piece = atomic_load_explicit(&box->taken, memory_order_relaxed);
     if (!has_left(&box->filled, piece, wait_ns))
         return NOT_YET;
-    if (box->bytes[piece % SLOTS] != bytes)
-        return OTHER_SIZE;
+    const Label *label = &box->labels[piece % SLOTS];
+    if (label->exchange != exchange || label->message_bytes != message_bytes || label->bytes != bytes)
+        return ANOTHER;
     memcpy(data, slot_of(box, piece, slot_bytes), bytes);
     count(&box->taken, piece + 1);
     return DONE;
