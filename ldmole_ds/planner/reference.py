@@ -78,5 +78,6 @@ def alone(model: LDMoLEModel) -> LDMoLEModel:
 
 
 STARTING = Reference(32, 48, 2, 64, r=4, lambda_hidden=8, batch=Batch(2, 6))
-THIN = Reference(256, 704, 3, 2048, r=8, lambda_hidden=64, batch=Batch(4, 48))
+# Its products are just large enough for the library that multiplies those of larger models (`ops.matrix_products`).
+THIN = Reference(256, 704, 3, 2048, r=8, lambda_hidden=64, batch=Batch(4, 64))
 WIDE = Reference(512, 704, 2, 1024, r=64, lambda_hidden=64, batch=Batch(1, 16))
