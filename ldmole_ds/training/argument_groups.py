@@ -122,7 +122,7 @@ class LayoutArguments:
     ep_size: str = _field(
         "auto",
         "Ranks that share one copy of all experts: a number that divides ranks and num_experts, or auto (the largest "
-        "such number inside one node).",
+        "such number inside one node; 1 without DeepSpeed or under ZeRO-0, which cannot partition experts).",
     )
     network_interface: str = _field(
         "auto",

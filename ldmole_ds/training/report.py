@@ -107,7 +107,8 @@ def layout_hint(model: LDMoLEModel) -> str | None:
     if model.topology.ep_size > 1 or model.adapter_config.router == "lora":
         return None
     if model.topology.world_size > 1:
-        return "experts were replicated (ep_size 1): add --ep_size 2 to partition them over ranks"
+        flags = "--ep_size 2 --deepspeed ds_configs/zero2.json"
+        return f"experts were replicated (ep_size 1): `{flags}` partitions them over ranks"
     return "one rank held all experts: start with `deepspeed --num_gpus 2 ...` to see them partitioned over two"
 
 

@@ -81,6 +81,7 @@ def train(flags: Namespace) -> None:
     with agreed("trainer"):
         warmup = batch_size_warmup(settings["batch"])
         check_optimizer(training, model)
+        check_best_metric(training, data)
         try:
             trainer = build_trainer(model, tokenizer, data, training, warmup)
         except RuntimeError as error:  # a package that --report_to needs
@@ -135,6 +136,23 @@ def choice_metrics(data: ChoiceData) -> Callable[[EvalPrediction], dict[str, flo
         return {"loss": -float(right.mean(dtype="float64")), **task_metrics(tasks, answers, prediction.label_ids)}
 
     return metrics
+
+
+def check_best_metric(training: LDMoLETrainingArguments, data: ChoiceData | SFTData) -> None:
+    """Before training, not after its first evaluation.
+
+    Raises:
+        ValueError: Evaluations have no such metric; names those that they have.
+    """
+    if training.metric_for_best_model is None or data.validation is None:
+        return
+    known = ["loss", "perplexity"]
+    if isinstance(data, ChoiceData):
+        questions = data.validation.questions
+        gold = [question.gold for question in questions]
+        known = ["loss", *task_metrics([question.task for question in questions], gold, gold)]
+    if training.metric_for_best_model.removeprefix("eval_") not in known:
+        raise ValueError(f"--metric_for_best_model {training.metric_for_best_model} is not one of {', '.join(known)}")
 
 
 def build_trainer(

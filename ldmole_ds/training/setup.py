@@ -176,6 +176,11 @@ def load_base(model: ModelArguments, training: LDMoLETrainingArguments) -> Any:
     )
 
 
+def may_partition(training: LDMoLETrainingArguments) -> bool:
+    """Whether experts can be spread over ranks: with DeepSpeed, from ZeRO stage 1 on (`check_trainable` says why)."""
+    return bool(training.deepspeed) and training.hf_deepspeed_config.get_value("zero_optimization.stage", 0) != 0
+
+
 def build_model(
     base: Any, config: LDMoLEConfig, data: ChoiceData | SFTData, settings: dict[str, Any], places: Sequence[Place]
 ) -> LDMoLEModel:
@@ -184,7 +189,7 @@ def build_model(
     data.check_positions(getattr(base.config, "max_position_embeddings", None))
     dtype = engine_dtype(training)
     ep_size = resolve_ep_size(settings["layout"].ep_size, config.num_experts, places)
-    if settings["layout"].ep_size == "auto" and not training.deepspeed:
+    if settings["layout"].ep_size == "auto" and not may_partition(training):
         ep_size = 1
     name = source.model_name_or_path or f"{EMBEDDED}{demo_model_file().name}"
     config = replace(

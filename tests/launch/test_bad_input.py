@@ -1,11 +1,13 @@
 """What a user can get wrong ends in one clear sentence with the remedy, before any training."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
 from ldmole_ds.training.arguments import build_parser, parse_flags
-from ldmole_ds.training.run import train
+from ldmole_ds.training.run import check_best_metric, train
 from ldmole_ds.training.runtime import UserError
 
 
@@ -61,6 +63,10 @@ def write(folder, text: str):
         (
             {"lr_scheduler_type": "warmup_stable_decay"},
             r"--lr_scheduler_type warm.*num_decay_steps.*--lr_sched",
+        ),
+        (
+            {"metric_for_best_model": "eval_accuraccy", "eval_strategy": "steps", "eval_steps": 1},
+            r"--metric_for_best_model eval_accuraccy is not one of loss, accuracy, accuracy_stderr$",
         ),
         ({"report_to": "dvclive"}, r"DVCLiveCallback requires dvclive"),
         ({"train_sampling_strategy": "batch_rebalance"}, r"batch_rebalance is not supported"),
@@ -216,3 +222,12 @@ def test_help_is_grouped_and_shows_defaults():
     assert "--num_experts" in text and "(default: 8)" in text
     assert len(text.splitlines()) < 260
     assert "--torch_compile_mode" not in text and "--torch_compile_mode" in build_parser(all_flags=True).format_help()
+
+
+@pytest.mark.parametrize(
+    ("name", "known"), [("perplexity", True), ("eval_loss", True), (None, True), ("accuracy", False)]
+)
+def test_metrics_of_held_out_documents(name, known):
+    training, data = SimpleNamespace(metric_for_best_model=name), SimpleNamespace(validation=[0])
+    with nullcontext() if known else pytest.raises(ValueError, match="accuracy is not one of loss, perplexity"):
+        check_best_metric(training, data)

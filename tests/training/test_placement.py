@@ -1,10 +1,13 @@
 """Expert-parallel groups stay on one host where they can, and the table says where everyone is."""
 
+from types import SimpleNamespace
+
 import pytest
+from transformers.integrations import HfDeepSpeedConfig
 
 from ldmole_ds.distributed.topology import ExpertParallel
 from ldmole_ds.training.placement import Place, fits_in_nodes, gather_places, placement_table
-from ldmole_ds.training.setup import resolve_ep_size
+from ldmole_ds.training.setup import may_partition, resolve_ep_size
 
 
 def nodes(*sizes: int) -> list[Place]:
@@ -64,3 +67,10 @@ def test_a_long_table_is_abbreviated():
 def test_a_process_alone_is_on_one_host():
     (place,) = gather_places()
     assert place.host and place.local_rank == 0 and resolve_ep_size("auto", 8, [place]) == 1
+
+
+@pytest.mark.parametrize(("stage", "partitioned"), [(None, False), (0, False), (1, True), (2, True), (3, True)])
+def test_auto_partitions_where_the_engine_can(stage, partitioned):
+    config = HfDeepSpeedConfig({"zero_optimization": {} if stage is None else {"stage": stage}})
+    assert may_partition(SimpleNamespace(deepspeed="some.json", hf_deepspeed_config=config)) == partitioned
+    assert not may_partition(SimpleNamespace(deepspeed=None))
