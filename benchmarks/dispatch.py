@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """One expert-parallel layer on the ranks of this machine, forward and backward: ours against its peers.
 
-    python benchmarks/dispatch.py                                          # two gloo ranks of one thread each
+    python benchmarks/dispatch.py                                          # two CPU ranks of one thread each
     python benchmarks/dispatch.py --device cuda --dtype bfloat16 --ranks 8 --tokens 8192 --in_features 4096 ...
 
 The frozen linear layer alone; this package's layer in both ways of dispatch; DeepSpeed's MoE layer (no dropping, from

@@ -6,12 +6,16 @@ import argparse
 from pathlib import Path
 
 import harness
-from peer_layers import AT_ONCE, DEEPSPEED, PER_EXPERT, TOKENS, WEIGHTS
+from peer_layers import AT_ONCE, BACKEND, DEEPSPEED, PER_EXPERT, TOKENS, WEIGHTS
 
 from ldmole_ds.training.run_record import versions
 
 # Ours in tokens mode must be at least so many times faster than the peer, and send so many times fewer bytes.
 BARS = {DEEPSPEED: (1.8, 2.0), PER_EXPERT: (1.0, None)}
+
+_SHARED = (
+    "Ours exchanges through memory that the ranks share, but in the row that says otherwise; the peers through gloo."
+)
 
 
 def times_table(result: dict) -> str:
@@ -53,6 +57,7 @@ def report(args: argparse.Namespace, result: dict, flags: str) -> str:
             f"Reproduce: `python benchmarks/dispatch.py{flags}`.",
             f"{harness.machine()}. {', '.join(f'{k} {v}' for k, v in versions().items())}.",
             times_table(result),
+            *[_SHARED] * (BACKEND in result["seconds"]),
             "Ratios are medians over rounds of the ratio within a round (quartiles). Bytes are those sent to other "
             "ranks, measured, mean over ranks. Peak memory of a step is above what is held before it.",
             harness.table(least),

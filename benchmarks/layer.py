@@ -13,6 +13,7 @@ what `--expert_dispatch auto` would pick in each cell. `expert_compute.py` has t
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from ranks import on_ranks  # noqa: E402
 
 from ldmole_ds.distributed.dispatch_choice import Workload, choose_dispatch  # noqa: E402
 from ldmole_ds.distributed.link import measure_link  # noqa: E402
+from ldmole_ds.distributed.shared_memory import SWITCH  # noqa: E402
 from ldmole_ds.training.run_record import git_revision, versions  # noqa: E402
 
 LAYOUTS = [ZERO2, ZERO3, WEIGHTS, TOKENS]
@@ -127,11 +129,12 @@ def report(args: argparse.Namespace, result: dict) -> str:
     rounds = [len(cell["seconds"][TOKENS]) for cell in result["cells"]]
     learned = f"LD-MoLE's router with {args.k} experts a token on average (lambda hidden {args.lambda_hidden})"
     router = learned if args.router == SPARSEGEN else f"top-{args.k}"
+    shared = os.environ.get(SWITCH, "auto")
     parts = [
         "# Where what pays",
         f"One adapted layer, D {args.in_features}, O {args.out_features}, {router}, {args.dtype}, {args.ranks} "
-        f"ranks ({'NCCL' if args.device == 'cuda' else 'gloo, one thread each'}); forward, backward and gradient "
-        "synchronisation, frozen layer included. Reproduce: "
+        f"ranks ({'NCCL' if args.device == 'cuda' else f'gloo, {SWITCH}={shared}, one thread each'}); "
+        "forward, backward and gradient synchronisation, frozen layer included. Reproduce: "
         f"`python benchmarks/layer.py{harness.flags(args, parse([]))}`.",
         f"{harness.machine()}. {', '.join(f'{k} {v}' for k, v in versions().items())}.",
         cells_table(result["cells"]),

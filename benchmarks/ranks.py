@@ -103,15 +103,16 @@ def counting_bytes() -> Iterator[Counter]:
     }
     originals = {name: getattr(dist, name) for name in sizes}
 
+    def direction() -> str:
+        return "backward" if torch._C._current_graph_task_id() != -1 else "forward"
+
     def counted(name: str, *args: Any, **kwargs: Any) -> Any:
-        direction = "backward" if torch._C._current_graph_task_id() != -1 else "forward"
         call = inspect.signature(originals[name]).bind(*args, **kwargs).arguments
-        sent[direction, name] += int(sizes[name](call))
+        sent[direction(), name] += int(sizes[name](call))
         return originals[name](*args, **kwargs)
 
     def begin(mailboxes: Mailboxes, received: Sequence[Tensor], messages: Sequence[Tensor]) -> Delivery:
-        direction = "backward" if torch._C._current_graph_task_id() != -1 else "forward"
-        sent[direction, "shared memory"] += sum(m.nbytes for p, m in enumerate(messages) if p != mailboxes.own_rank)
+        sent[direction(), "shared memory"] += sum(m.nbytes for p, m in enumerate(messages) if p != mailboxes.own_rank)
         return original_begin(mailboxes, received, messages)
 
     original_begin = Mailboxes.begin

@@ -79,7 +79,7 @@ def examine(args: argparse.Namespace, accelerator: str) -> dict:
     import torch.distributed as dist
 
     from ldmole_ds.doctor.exchange import check_exchange, exchange_groups
-    from ldmole_ds.doctor.link import measure_collectives, way_of
+    from ldmole_ds.doctor.link import measure_collectives, transport_of
     from ldmole_ds.doctor.machine import accelerator_versions, rank_facts
     from ldmole_ds.doctor.report import Report
     from ldmole_ds.training.run_record import versions
@@ -93,8 +93,8 @@ def examine(args: argparse.Namespace, accelerator: str) -> dict:
     dist.all_gather_object(ranks, ranks[0])
     device = torch.device("cuda", torch.cuda.current_device()) if accelerator == "cuda" else torch.device("cpu")
     link, exchange = measure_collectives(topology.collectives, device), check_exchange(topology, device)
-    way = way_of(topology, device)
-    report = Report(accelerator, dist.get_backend(), topology.ep_size, ranks, way, link, exchange)
+    transport = transport_of(topology, device)
+    report = Report(accelerator, dist.get_backend(), topology.ep_size, ranks, transport, link, exchange)
     if is_main_process():
         print(report, flush=True)
     return report.to_json()

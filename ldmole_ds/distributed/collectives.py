@@ -44,26 +44,32 @@ class Collectives:
             x: ``(sum(input_splits), ...)``; not to be changed before ``wait``.
             output_splits, input_splits: Rows from and to each rank; the same number without them.
         """
-        if self.mailboxes is None or x.device.type != "cpu":
+        mailboxes = self._mailboxes(x)
+        if mailboxes is None:
             return dist.all_to_all_single(out, x, output_splits, input_splits, group=self.group, async_op=True)
-        return self.mailboxes.begin(self._parts(out, output_splits), self._parts(x, input_splits))
+        return mailboxes.begin(self._parts(out, output_splits), self._parts(x, input_splits))
 
     def all_gather(self, out: Tensor, x: Tensor) -> None:
         """Every rank's ``x (n,)``, one after another, into ``out (P * n,)``."""
-        if self.mailboxes is None or x.device.type != "cpu":
+        mailboxes = self._mailboxes(x)
+        if mailboxes is None:
             dist.all_gather_into_tensor(out, x, group=self.group)
             return
         parts = self._parts(out)
-        self.mailboxes.begin(parts, [x] * len(parts)).wait()
+        mailboxes.begin(parts, [x] * len(parts)).wait()
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> None:
         """Into ``out (n,)`` the sum of all ranks' part for this rank of ``x (P * n,)``."""
-        if self.mailboxes is None or x.device.type != "cpu":
+        mailboxes = self._mailboxes(x)
+        if mailboxes is None:
             dist.reduce_scatter_tensor(out, x, group=self.group)
             return
         received = torch.empty_like(x)
-        self.mailboxes.begin(self._parts(received), self._parts(x)).wait()
+        mailboxes.begin(self._parts(received), self._parts(x)).wait()
         torch.sum(received.view(-1, *out.shape), 0, out=out)
+
+    def _mailboxes(self, x: Tensor) -> Mailboxes | None:
+        return self.mailboxes if x.device.type == "cpu" else None
 
     def _parts(self, x: Tensor, splits: list[int] | None = None) -> tuple[Tensor, ...]:
         return x.tensor_split(self.size) if splits is None else x.split(splits)

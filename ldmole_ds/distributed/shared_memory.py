@@ -1,16 +1,16 @@
-"""Memory shared by the ranks of an EP group on one machine: they exchange through it instead of through a network.
+"""Memory shared by the ranks of an EP group on one machine: they exchange tensors on CPUs through it.
 
-Of tensors on CPUs. Their backend (gloo) sends through sockets, also to the process beside it: the kernel copies each
-message twice, in small pieces, and threads of its own compete with the products for the cores. Here a message is copied
-into memory that the other process has mapped, and out of it. The environment variable ``LDMOLE_SHARED_MEMORY``:
+The backend for such tensors (gloo) sends through sockets, also to the process beside it: the kernel copies each message
+twice, in small pieces, and threads of its own compete with the products for the cores. Here a message is copied into
+memory that the other process has mapped, and out of it. The environment variable ``LDMOLE_SHARED_MEMORY``:
 
     auto    the default: wherever all ranks of the EP groups can do it, else the backend
     off     always the backend
     on      an error where it cannot be done
 
-It can be done on Linux, with a C compiler, between processes of one user on one machine and in one network namespace
-(who separates the networks of two processes means two machines). Each rank makes one anonymous file in memory with a
-mailbox for every other rank of its group, which they open through ``/proc``. Of its pages those exist that were
+It can be done on Linux (from 5.3 on), with a C compiler, between processes of one user on one machine and in one network
+namespace (who separates the networks of two processes means two machines). Each rank makes one anonymous file in memory
+with a mailbox for every other rank of its group, which they open through ``/proc``. Of its pages those exist that were
 written to: twice the longest messages of a rank, and at most `_RANK_BYTES`. A rank with P - 1 others holds 2 P - 1 file
 descriptors for them.
 """

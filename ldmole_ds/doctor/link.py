@@ -35,7 +35,7 @@ class LinkTime:
     bandwidth: float
 
 
-def way_of(topology: ExpertParallel, device: torch.device) -> str:
+def transport_of(topology: ExpertParallel, device: torch.device) -> str:
     """How tensors on ``device`` reach the other ranks of the EP group, and why not through memory if they do not."""
     backend = dist.get_backend(topology.ep_group)
     if backend != "gloo" or topology.ep_size == 1 or device.type != "cpu":

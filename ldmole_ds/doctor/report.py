@@ -21,7 +21,7 @@ class Report:
         backend: Of the world group: nccl, gloo, ...
         ep_size: Ranks in a group, in the link's and the exchange's measurement.
         ranks: By global rank.
-        way: By what the ranks of a group reach each other: shared memory, or the backend.
+        transport: By what the ranks of a group reach each other: shared memory, or the backend.
         link: Times of the collectives, smallest buffers first.
         exchange: Verdicts of both dispatchers.
     """
@@ -30,7 +30,7 @@ class Report:
     backend: str
     ep_size: int
     ranks: list[RankFacts]
-    way: str
+    transport: str
     link: list[LinkTime]
     exchange: list[ExchangeCheck]
 
@@ -84,7 +84,7 @@ class Report:
         rate = _rate(max(time.bandwidth for time in exchanges))
         sent = f"bandwidth {rate} GB/s" if self.ep_size > 1 else "nothing is sent to others"
         latency = f"latency {exchanges[0].seconds * 1e6:.0f} us"
-        head = f"all-to-all among {self.ep_size} rank(s), {self.way}: {latency}, {sent}"
+        head = f"all-to-all among {self.ep_size} rank(s), {self.transport}: {latency}, {sent}"
         return f"{head}\nmedian times, and what each rank sends to others:\n{_table(rows)}"
 
     def _exchange(self) -> str:

@@ -24,6 +24,7 @@ from ldmole_ds.tasks import (
     read_questions,
     tasks_of,
 )
+from ldmole_ds.tasks.metrics import task_metrics
 from ldmole_ds.tasks.mixture import mixture_order, mixture_weights
 from ldmole_ds.training.argument_groups import DataArguments
 
@@ -66,6 +67,12 @@ class ChoiceData:
             "gold": [question.gold for _, _, question in by_row],
             "chance": self.validation.chance,
         }
+
+    @property
+    def metric_names(self) -> list[str]:
+        """What an evaluation finds of the held-out questions."""
+        gold = [question.gold for question in self.validation.questions]
+        return ["loss", *task_metrics([question.task for question in self.validation.questions], gold, gold)]
 
     @property
     def longest_row(self) -> int:

@@ -146,13 +146,9 @@ def check_best_metric(training: LDMoLETrainingArguments, data: ChoiceData | SFTD
     """
     if training.metric_for_best_model is None or data.validation is None:
         return
-    known = ["loss", "perplexity"]
-    if isinstance(data, ChoiceData):
-        questions = data.validation.questions
-        gold = [question.gold for question in questions]
-        known = ["loss", *task_metrics([question.task for question in questions], gold, gold)]
-    if training.metric_for_best_model.removeprefix("eval_") not in known:
-        raise ValueError(f"--metric_for_best_model {training.metric_for_best_model} is not one of {', '.join(known)}")
+    name, known = training.metric_for_best_model, data.metric_names
+    if name.removeprefix("eval_") not in known:
+        raise ValueError(f"--metric_for_best_model {name} is not one of {', '.join(known)}")
 
 
 def build_trainer(

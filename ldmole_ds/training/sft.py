@@ -40,6 +40,7 @@ class SFTData:
     """
 
     label_words: ClassVar[None] = None
+    metric_names: ClassVar[tuple[str, ...]] = ("loss", "perplexity")  # of `token_mean_metrics`
 
     documents: DocumentDataset
     train: DocumentDataset | PackedDataset

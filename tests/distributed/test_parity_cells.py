@@ -49,6 +49,14 @@ def test_layout_does_not_change_training(world_size):
             assert (run.bytes_sent > 0) == (cell.ep_size > 1 and cell.router != "lora"), cell
 
 
+def assert_as_dense(cells: list[Cell], runs: list[Run]) -> None:
+    """Each run is that of one dense process."""
+    verdicts = [
+        judge(cell, run, dense_run(cell.accumulation, cell.router), None) for cell, run in zip(cells, runs, strict=True)
+    ]
+    assert all(v.passed for v in verdicts), "\n" + verdict_table([v for v in verdicts if not v.passed])
+
+
 GROUPED = [
     Cell((2, 2), "1", accumulation=2, checkpointing=True),
     Cell((2, 2), "2", router="topk, 32 experts of rank 16"),
@@ -77,14 +85,11 @@ def test_grouped_products_do_not_change_training():
     """Chosen for all ranks; `tests/distributed/test_any_routing.py` mixes ranks."""
     for runs, calls in run_distributed(run_grouped, 2, deepspeed=True, timeout_s=600):
         assert calls
-        verdicts = [
-            judge(cell, run, dense_run(cell.accumulation, cell.router), None)
-            for cell, run in zip(GROUPED, runs, strict=True)
-        ]
-        assert all(v.passed for v in verdicts), "\n" + verdict_table([v for v in verdicts if not v.passed])
+        assert_as_dense(GROUPED, runs)
 
 
-ONEDNN = [
+# Replicated, and with each dispatch.
+EVERY_EXCHANGE = [
     Cell((2, 1), "1", accumulation=2),
     Cell((2, 2), "2", checkpointing=True),
     Cell((2, 2), "2", expert_dispatch="weights"),
@@ -104,7 +109,7 @@ def run_onednn(rank: int, world_size: int) -> tuple[list[Run], int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(matrix_products.SWITCH, "onednn")
         patch.setattr(torch.ops.mkldnn._linear_pointwise, "default", counted)
-        return run_cells(rank, world_size, ONEDNN), len(calls)
+        return run_cells(rank, world_size, EVERY_EXCHANGE), len(calls)
 
 
 @pytest.mark.distributed
@@ -112,26 +117,14 @@ def run_onednn(rank: int, world_size: int) -> tuple[list[Run], int]:
 def test_another_library_for_the_products_does_not_change_training():
     for runs, calls in run_distributed(run_onednn, 2, deepspeed=True, timeout_s=600):
         assert calls > 1000
-        verdicts = [
-            judge(cell, run, dense_run(cell.accumulation, cell.router), None)
-            for cell, run in zip(ONEDNN, runs, strict=True)
-        ]
-        assert all(v.passed for v in verdicts), "\n" + verdict_table([v for v in verdicts if not v.passed])
-
-
-BACKEND = [
-    Cell((2, 1), "1", accumulation=2),
-    Cell((2, 2), "2", checkpointing=True),
-    Cell((2, 2), "2", expert_dispatch="weights"),
-    Cell((2, 2), "3"),
-]
+        assert_as_dense(EVERY_EXCHANGE, runs)
 
 
 def run_backend(rank: int, world_size: int) -> tuple[list[Run], bool]:
     """The runs with the backend's exchange, and whether memory was shared."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(shared_memory.SWITCH, "off")
-        return run_cells(rank, world_size, BACKEND), expert_parallel(2).mailboxes is not None
+        return run_cells(rank, world_size, EVERY_EXCHANGE), expert_parallel(2).mailboxes is not None
 
 
 @pytest.mark.distributed
@@ -139,11 +132,7 @@ def test_the_backends_exchange_does_not_change_training():
     """Wherever ranks share memory, the other tests exchange through it."""
     for runs, shared in run_distributed(run_backend, 2, deepspeed=True, timeout_s=600):
         assert not shared
-        verdicts = [
-            judge(cell, run, dense_run(cell.accumulation, cell.router), None)
-            for cell, run in zip(BACKEND, runs, strict=True)
-        ]
-        assert all(v.passed for v in verdicts), "\n" + verdict_table([v for v in verdicts if not v.passed])
+        assert_as_dense(EVERY_EXCHANGE, runs)
 
 
 def test_a_wrong_run_does_not_pass():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,14 +95,22 @@ def test_forward_and_backward():
     assert y.shape == (0, 3) and other_y.shape == (4, 3) and grad.any()
 
 
+def tell_instead(**changes) -> None:
+    """What this rank tells the others of its memory is something else."""
+    original = shared_memory._offer
+
+    def offer(*args):
+        memory, told = original(*args)
+        return memory, replace(told, **changes)
+
+    shared_memory._offer = offer
+
+
 def choices(rank: int, world_size: int, settings: list[str], hosts: list[str], compiles: bool) -> tuple[bool, str]:
     """Whether memory is shared, or why not; an error's text as the reason."""
     os.environ[SWITCH] = settings[rank]
-    original = shared_memory._offer
     if hosts:
-        shared_memory._offer = lambda *args: (lambda m, o: (m, o.__class__(**{**vars(o), "host": hosts[rank]})))(
-            *original(*args)
-        )
+        tell_instead(host=hosts[rank])
     if not compiles:
 
         def fails():
@@ -146,15 +156,16 @@ def test_each_group_chooses_for_itself():
 
 def another_process(rank: int, world_size: int, elsewhere: str) -> str:
     """What rank 1 has told of itself leads elsewhere, as between containers."""
-    original, other = shared_memory._offer, os.open("/dev/zero" if elsewhere == "device" else __file__, os.O_RDWR)
-    leads_to = {"memory": {"token": b"x" * 16}, "nothing": {"process": 1 << 22}}.get(elsewhere, {"descriptor": other})
-
-    def offer(*args):
-        memory, told = original(*args)
-        return memory, told.__class__(**{**vars(told), **(leads_to if rank else {})})
-
-    shared_memory._offer = offer
-    topology = expert_parallel(2)
+    with tempfile.TemporaryFile() as file, open("/dev/zero", "r+b", buffering=0) as device:
+        leads_to = {
+            "memory": {"token": b"x" * 16},
+            "file": {"descriptor": file.fileno()},
+            "device": {"descriptor": device.fileno()},
+            "nothing": {"process": 1 << 22},
+        }
+        if rank == 1:
+            tell_instead(**leads_to[elsewhere])
+        topology = expert_parallel(2)
     assert topology.mailboxes is None
     return open_mailboxes(topology.ep_group).why_not
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from ldmole_ds.distributed import expert_exchange
 from ldmole_ds.doctor.exchange import ExchangeCheck, check_exchange, exchange_groups
-from ldmole_ds.doctor.link import LinkTime, measure_collectives, way_of
+from ldmole_ds.doctor.link import LinkTime, measure_collectives, transport_of
 from tests.distributed_utils import CAN_SHARE, run_distributed
 
 CPU = torch.device("cpu")
@@ -22,8 +22,8 @@ def look(rank: int, world_size: int) -> tuple[list[LinkTime], list[ExchangeCheck
     with pytest.raises(ValueError, match="does not divide"):
         exchange_groups(3)
     topology = exchange_groups()
-    way = "shared memory" if world_size > 1 and CAN_SHARE else "gloo"
-    assert way_of(topology, CPU).split(" (")[0] == way
+    transport = "shared memory" if world_size > 1 and CAN_SHARE else "gloo"
+    assert transport_of(topology, CPU).split(" (")[0] == transport
     link = measure_collectives(topology.collectives, CPU, (1 << 10, 1 << 14))
     checks = check_exchange(topology, CPU)
 

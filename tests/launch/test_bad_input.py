@@ -4,11 +4,13 @@ import json
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from ldmole_ds.training.arguments import build_parser, parse_flags
 from ldmole_ds.training.run import check_best_metric, train
 from ldmole_ds.training.runtime import UserError
+from ldmole_ds.training.sft import SFTData, token_mean_metrics
 
 
 @pytest.fixture
@@ -228,6 +230,9 @@ def test_help_is_grouped_and_shows_defaults():
     ("name", "known"), [("perplexity", True), ("eval_loss", True), (None, True), ("accuracy", False)]
 )
 def test_metrics_of_held_out_documents(name, known):
-    training, data = SimpleNamespace(metric_for_best_model=name), SimpleNamespace(validation=[0])
+    one = SimpleNamespace(predictions=np.ones((1, 1)), label_ids=np.ones((1, 1)))
+    assert tuple(token_mean_metrics(one)) == SFTData.metric_names
+    training = SimpleNamespace(metric_for_best_model=name)
+    data = SimpleNamespace(metric_names=SFTData.metric_names, validation=[0])
     with nullcontext() if known else pytest.raises(ValueError, match="accuracy is not one of loss, perplexity"):
         check_best_metric(training, data)

@@ -14,7 +14,7 @@ from ldmole_ds.training.runtime import UserError
 from tests.distributed_utils import CAN_SHARE
 from tests.launcher import ROOT, free_port, launch
 
-WAY = "shared memory" if CAN_SHARE else "gloo ("
+TRANSPORT = "shared memory" if CAN_SHARE else "gloo ("
 DOCTOR = str(ROOT / "launch/doctor.py")
 # The doctor of a job in which every result that comes back from another rank is 1 % too large.
 BROKEN = f"""
@@ -59,7 +59,7 @@ def test_two_ranks_of_torchrun(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     for said in (
         "package ", "deepspeed ", "2 rank(s) on 1 host(s)",
-        f"all-to-all among 2 rank(s), {WAY}", ": latency ", " GB/s", "tokens       pass", "what to fix",
+        f"all-to-all among 2 rank(s), {TRANSPORT}", ": latency ", " GB/s", "tokens       pass", "what to fix",
     ):  # fmt: skip
         assert said in done.stdout
     result = json.loads(path.read_text())

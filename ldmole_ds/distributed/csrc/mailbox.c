@@ -93,7 +93,8 @@ int mailbox_put(Mailbox *box, const void *data, int64_t exchange, int64_t messag
     return DONE;
 }
 
-/* Take the next piece out. NOT_YET: there was none all the time; ANOTHER: it is of another message, or not of so many bytes. */
+/* Take the next piece out. NOT_YET: there was none all the time; ANOTHER: it is of another message, or not of so many
+ * bytes. */
 int mailbox_take(Mailbox *box, void *data, int64_t exchange, int64_t message_bytes, int64_t bytes, int64_t slot_bytes,
                  int64_t wait_ns) {
     const unsigned piece = atomic_load_explicit(&box->taken, memory_order_relaxed);
