@@ -8,11 +8,11 @@ memory that the other process has mapped, and out of it. The environment variabl
     off     always the backend
     on      an error where it cannot be done
 
-It can be done on Linux (from 5.3 on), with a C compiler, between processes of one user on one machine and in one network
-namespace (who separates the networks of two processes means two machines). Each rank makes one anonymous file in memory
-with a mailbox for every other rank of its group, which they open through ``/proc``. Of its pages those exist that were
-written to: twice the longest messages of a rank, and at most `_RANK_BYTES`. A rank with P - 1 others holds 2 P - 1 file
-descriptors for them.
+It can be done on Linux (from 5.3 on), with a C compiler, between processes of one user, on one machine and in one
+network namespace (who separates the networks of two processes means two machines). Each rank makes one anonymous file
+in memory with a mailbox for every other rank of its group, which they open through ``/proc``. Of its pages those exist
+that were written to: twice the longest messages of a rank, and at most `_RANK_BYTES`. A rank with P - 1 others holds 2
+P - 1 file descriptors for them.
 """
 
 from __future__ import annotations
