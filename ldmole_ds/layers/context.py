@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ldmole_ds.ops.planned import is_planned_gpu
+
 
 @dataclass(frozen=True)
 class RoutingRecord:
@@ -60,7 +62,7 @@ class ForwardContext:
         """Whether some token may be padding. Looking into the mask would make a GPU wait, and cannot be traced."""
         if self._has_padding is None:
             mask = self.padding_mask
-            if mask is None or mask.device.type != "cpu" or torch.compiler.is_compiling():
+            if mask is None or mask.device.type != "cpu" or is_planned_gpu(mask) or torch.compiler.is_compiling():
                 return mask is not None
             self._has_padding = bool(mask.logical_not().any())
         return self._has_padding

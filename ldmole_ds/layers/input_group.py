@@ -36,6 +36,7 @@ from ldmole_ds.ops.dropout import dropout
 from ldmole_ds.ops.expert_compute import may_be_grouped
 from ldmole_ds.ops.fused_routing import fused_routing, uses_fused_routing
 from ldmole_ds.ops.grouped_update import Update
+from ldmole_ds.ops.planned import on_gpu
 from ldmole_ds.ops.routing_spec import RoutingSpec
 from ldmole_ds.ops.shared_input import shared_input
 
@@ -222,7 +223,7 @@ class InputGroup(nn.Module):
             lambda_logit_T, live_units_H = self.lambda_mlp.logit_of(hidden_HT)
             ep_size = self.topology.ep_size if self.overlaps else 0
             target, own_rank = context.target_num_experts, self.topology.ep_rank
-            dtype = x_TD.dtype if x_TD.is_cuda else torch.float32
+            dtype = x_TD.dtype if on_gpu(x_TD) else torch.float32
             spec = RoutingSpec(dtype, target, self.mask_padding, ep_size, own_rank)
             probs, lam_T, sums, destinations = fused_routing(logits, lambda_logit_T, mask_T, spec)
         else:

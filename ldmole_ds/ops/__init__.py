@@ -1,4 +1,4 @@
-"""Sparsegen, the auxiliary losses, the expert products, in torch and a Triton kernel. Nothing knows a process group."""
+"""Sparsegen, the auxiliary losses, the expert products, in torch, C and Triton. Nothing knows a process group."""
 
 from ldmole_ds.ops.lora_experts import lora_experts, lora_experts_reference
 from ldmole_ds.ops.losses import load_balancing_loss, lower_lambda, router_z_loss, sparsity_loss

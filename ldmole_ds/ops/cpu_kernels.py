@@ -1,23 +1,20 @@
 """This package's C functions: built at the first call, with what each takes.
 
-All tensors are given by their addresses: contiguous, float32 (masks and flags uint8), on the CPU. PyTorch's dispatcher
-does not see these calls; who traces a step learns of them from `watched`.
+All tensors are given by their addresses: contiguous, float32 (masks and flags uint8), on the CPU.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ldmole_ds.ops import c_library
+from ldmole_ds.ops import c_library, kernel_watch
 
 _FILES = ("routing.c", "group.c", "routing.h", "block.h", "parts.h")
 SOURCES = tuple(Path(__file__).with_name("csrc") / name for name in _FILES)
@@ -25,7 +22,6 @@ SOURCES = tuple(Path(__file__).with_name("csrc") / name for name in _FILES)
 _SIGNATURES = {"routing_forward": "ttttttt|nnnnnn|i|i", "routing_backward": "ttttttt|nnnn|i|i"}
 _SIGNATURES |= {"group_forward": "ttttttttttt|nnnnnn|if|i", "group_backward": "tttttttt|nnnnnn|if|i"}
 _TYPES = {"t": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
-_watcher: ContextVar[Callable[[list[Tensor]], None] | None] = ContextVar("watcher", default=None)
 
 
 @functools.cache
@@ -47,25 +43,13 @@ def why_not() -> str | None:
     return None
 
 
-@contextmanager
-def watched(watcher: Callable[[list[Tensor]], None]) -> Iterator[None]:
-    """Within the block the watcher gets the tensors of each call, those read and those written, before it runs."""
-    token = _watcher.set(watcher)
-    try:
-        yield
-    finally:
-        _watcher.reset(token)
-
-
 def call(name: str, *args: Tensor | int | float | None) -> None:
     """Run one of them, in as many threads as PyTorch's operations run in. On fake tensors it has nothing to do.
 
     Raises:
         MemoryError: There is none for its scratch space.
     """
-    watcher = _watcher.get()
-    if watcher is not None:
-        watcher([a for a in args if isinstance(a, Tensor)])
+    kernel_watch.tell(args)
     if isinstance(args[0], FakeTensor):
         return
     given = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]

@@ -7,8 +7,12 @@ kept is divided by the probability of exactly that, so the expectation stays the
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from ldmole_ds.ops.planned import is_planned_gpu, on_gpu
 
 
 def keep_mask(x: Tensor, dropped: int) -> Tensor:
@@ -30,14 +34,28 @@ def _(x: Tensor, dropped: int) -> Tensor:
     return torch.empty(x.shape, dtype=torch.uint8)
 
 
+def _is_torchs(x: Tensor) -> bool:
+    """Whether torch's own dropout serves this tensor."""
+    return x.device.type != "cpu" or is_planned_gpu(x)
+
+
+def _dropped_of(p: float) -> int:
+    """How many of 2^16 numbers mean that a value is dropped."""
+    return round(p * 2**16)
+
+
+def _scale_of(dropped: int) -> float:
+    return 2**16 / (2**16 - dropped) if dropped < 2**16 else 0.0
+
+
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, p: float) -> Tensor:
-        dropped = round(p * 2**16)
+        dropped = _dropped_of(p)
         # torch.compile cannot trace random bits and draws the same mask through an operator of its own.
         mask = _keep_mask_op(x, dropped) if torch.compiler.is_compiling() else keep_mask(x, dropped)
         ctx.save_for_backward(mask)
-        ctx.scale = 2**16 / (2**16 - dropped) if dropped < 2**16 else 0.0
+        ctx.scale = _scale_of(dropped)
         return mask.to(x.dtype).mul_(ctx.scale) * x  # not in place: torch 2.11 would lose the gradient when compiling
 
     @staticmethod
@@ -46,11 +64,40 @@ class _Dropout(torch.autograd.Function):
         return mask.to(grad.dtype).mul_(ctx.scale).mul_(grad), None
 
 
+class Dropped(NamedTuple):
+    """x after dropout, for who differentiates by itself.
+
+    Attributes:
+        values: In the shape of x, without graph.
+        keep: bool or uint8, where x was kept.
+        scale: What it was multiplied with there.
+    """
+
+    values: Tensor
+    keep: Tensor
+    scale: float
+
+    def add_gradient_(self, grad_x: Tensor, grad_values: Tensor) -> Tensor:
+        """The gradient of the values, added to that of x in place."""
+        keep = self.keep if on_gpu(grad_x) else self.keep.to(grad_x.dtype)  # a GPU reads it as it is
+        return grad_x.addcmul_(grad_values, keep, value=self.scale)
+
+
+@torch.no_grad()
+def with_mask(x: Tensor, p: float) -> Dropped:
+    """`dropout`, and its mask."""
+    if _is_torchs(x):
+        values, keep = torch.native_dropout(x, p, True)
+        return Dropped(values, keep, 1 / (1 - p) if p < 1 else 0.0)
+    keep, scale = keep_mask(x, _dropped_of(p)), _scale_of(_dropped_of(p))
+    return Dropped(keep.to(x.dtype).mul_(scale).mul_(x), keep, scale)
+
+
 def dropout(x: Tensor, p: float) -> Tensor:
     """Zero with probability ``p`` (on a CPU rounded to a multiple of 2^-16), else ``x`` divided by ``1 - p``.
 
     Keeps one byte per value for backward.
     """
-    if x.device.type != "cpu":
+    if _is_torchs(x):
         return torch.native_dropout(x, p, True)[0]
     return _Dropout.apply(x, p)

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from ldmole_ds.ops import cpu_kernels, routing_cpu, routing_triton
 from ldmole_ds.ops.losses import router_z_sum, sparsity_sum
-from ldmole_ds.ops.planned import planned_cpu
+from ldmole_ds.ops.planned import is_planned_gpu, on_gpu, planned_cpu
 from ldmole_ds.ops.routing_spec import LAMBDA_TOP, Routing, RoutingSpec
 from ldmole_ds.ops.sparsegen import sparsegen
 
@@ -45,21 +45,23 @@ def uses_fused_routing(logits: Tensor) -> bool:
     """Whether the routing of these logits is left to the kernel; see the module docstring.
 
     float64 always goes the plain way (the kernel computes in float32), and so does what has no numbers: all that
-    ``torch.compile`` traces, which fuses by itself, and fake tensors, unless they stand for a CPU's (`PlannedCpu`).
+    ``torch.compile`` traces, which fuses by itself, and fake tensors, unless they stand for a device's
+    (`ldmole_ds.ops.planned`).
 
     Raises:
         ValueError: The environment variable has no known value, or asks for what cannot run.
     """
     if torch.compiler.is_compiling() or logits.dtype == torch.float64 or _is_traced():
         return False
-    if isinstance(logits, FakeTensor) and (planned_cpu(logits) is None or backend_of(logits) is not routing_cpu):
+    if isinstance(logits, FakeTensor) and not _is_planned(logits):
         return False
     switch = os.environ.get(SWITCH, "auto")
     if switch not in ("auto", "on", "off"):
         raise ValueError(f"{SWITCH}={switch!r} is not known: use auto, on or off")
     if switch == "off" or logits.is_meta:
         return False
-    missing = _what_is_missing(backend_of(logits))
+    # The machine that plans for a GPU need not have Triton.
+    missing = None if is_planned_gpu(logits) else _what_is_missing(backend_of(logits))
     if missing is not None and switch == "on":
         raise ValueError(f"{SWITCH}=on, but {missing}, or unset it")
     if missing is not None:
@@ -74,8 +76,13 @@ def _is_traced() -> bool:
 
 def backend_of(logits: Tensor) -> ModuleType:
     """Whose kernel serves tensors on this device."""
-    on_gpu = logits.is_cuda or (os.environ.get(SWITCH) == "on" and os.environ.get("TRITON_INTERPRET") == "1")
-    return routing_triton if on_gpu else routing_cpu
+    interpreted = os.environ.get(SWITCH) == "on" and os.environ.get("TRITON_INTERPRET") == "1"
+    return routing_triton if on_gpu(logits) or interpreted else routing_cpu
+
+
+def _is_planned(logits: Tensor) -> bool:
+    """Whether a fake tensor stands for one of a device whose kernel is known."""
+    return is_planned_gpu(logits) or (planned_cpu(logits) is not None and backend_of(logits) is routing_cpu)
 
 
 def _what_is_missing(backend: ModuleType) -> str | None:
@@ -86,8 +93,8 @@ def _what_is_missing(backend: ModuleType) -> str | None:
 
 
 @functools.cache
-def _tell(missing: str, on_gpu: bool) -> None:
-    tell = logger.warning if on_gpu else logger.info
+def _tell(missing: str, is_cuda: bool) -> None:
+    tell = logger.warning if is_cuda else logger.info
     tell(f"{missing} (docs/gpu.md). Until then routing runs as many small operations")
 
 

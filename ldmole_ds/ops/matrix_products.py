@@ -27,6 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldmole_ds.ops.planned import on_gpu
+
 SWITCH = "LDMOLE_CPU_PRODUCTS"
 # T, and T * D.
 FEWEST_TOKENS, FEWEST_VALUES = 128, 1 << 16
@@ -97,12 +99,18 @@ def multiplies(switch: str) -> bool:
     """Whether oneDNN does, with this value of the environment variable."""
     if switch not in ("auto", "torch", "onednn"):
         raise ValueError(f"{SWITCH}={switch!r} is not known: use auto, torch or onednn")
-    if switch == "torch" or (switch == "auto" and not (torch.backends.mkl.is_available() and is_wide_amd())):
+    if switch == "torch" or (switch == "auto" and not torch_is_slow()):
         return False
     found = is_here()
     if switch == "onednn" and not found:
         raise ValueError(f"{SWITCH}=onednn, but this PyTorch has no oneDNN: unset it")
     return found
+
+
+@functools.cache
+def torch_is_slow() -> bool:
+    """Whether PyTorch's choice leaves half of this processor unused."""
+    return torch.backends.mkl.is_available() and is_wide_amd()
 
 
 def is_here() -> bool:
@@ -124,3 +132,13 @@ def is_wide_amd() -> bool:
     family = facts.get("cpu family", "")
     wide = family.isdigit() and int(family) >= _FIRST_WIDE_AMD_FAMILY and "avx512f" in facts.get("flags", "").split()
     return facts.get("vendor_id") == "AuthenticAMD" and wide
+
+
+def exact_product(a: Tensor, b: Tensor) -> Tensor:
+    """Of two bfloat16 matrices, in float32: a product of two such numbers is exact there.
+
+    A GPU's tensor cores multiply them as they are and add up in float32.
+    """
+    if on_gpu(a) and a.numel() and b.numel():
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()

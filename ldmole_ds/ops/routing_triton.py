@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ldmole_ds.ops.routing_spec import LAMBDA_TOP, RoutingSpec
+from ldmole_ds.ops.triton_launch import launch
 
-# Logits that a program holds in registers at a time, but for very many experts, which are all in one program.
-TILE = 512
+# From here on blocks of 32 tokens give every processor of a GPU several.
+MANY_TOKENS = 8192
 
 
 @functools.cache
@@ -23,53 +24,47 @@ def is_here() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _tiles(num_experts: int, num_tokens: int) -> tuple[int, int, int]:
-    """``E_PAD, BLOCK_T`` and the number of programs; at least one, which then writes sums of nothing."""
+def tiles(num_experts: int, num_tokens: int) -> tuple[int, int, int]:
+    """``E_PAD, BLOCK_T`` and the number of programs; at least one, which then writes sums of nothing.
+
+    Blocks are small where tokens are few, so that every processor of the GPU has some.
+    """
     e_pad = max(2, 1 << (num_experts - 1).bit_length())
-    block = max(16, TILE // e_pad)
+    block = 32 if num_tokens > MANY_TOKENS and e_pad <= 16 else 16
     return e_pad, block, max(1, -(-num_tokens // block))
 
 
-def _constants(num_experts: int, mask: Tensor | None, spec: RoutingSpec, e_pad: int, block: int) -> dict:
+def constants(
+    num_experts: int, mask: Tensor | None, target: int, mask_padding: bool, e_pad: int, block: int
+) -> dict[str, object]:
+    """What both pairs of kernels are compiled for."""
     return {
         "LAMBDA_TOP": LAMBDA_TOP,
         "HAS_MASK": mask is not None,
-        "MASK_PADDING": spec.mask_padding,
-        "SPARSITY": spec.target_num_experts < num_experts,
+        "MASK_PADDING": mask_padding,
+        "SPARSITY": target < num_experts,
         "E_PAD": e_pad,
         "BLOCK_T": block,
-        "num_warps": 4 if e_pad * block <= 4 * TILE else 8,
+        "num_warps": 4 if e_pad * block <= 2048 else 8,
     }
 
 
 def forward(logits: Tensor, lambda_logit: Tensor, mask: Tensor | None, spec: RoutingSpec) -> tuple:
     """``probs (G, E, T), lam (T,), sums (B, G, 2 E + 3), destinations (P + 1, T) or None``; contiguous arguments."""
-    from ldmole_ds.ops.routing_kernel import routing_forward_kernel
-
     (g, e, t), device = logits.shape, logits.device
-    e_pad, block, programs = _tiles(e, t)
+    e_pad, block, programs = tiles(e, t)
     probs = torch.empty(g, e, t, dtype=spec.dtype, device=device)
     lam = torch.empty(t, dtype=torch.float32, device=device)
     sums = torch.empty(programs, g, 2 * e + 3, dtype=torch.float32, device=device)
     plan = torch.empty(spec.ep_size + 1, t, dtype=torch.uint8, device=device) if spec.ep_size else None
-    with torch.cuda.device_of(logits):
-        routing_forward_kernel[(programs,)](
-            logits,
-            lambda_logit,
-            lam if mask is None else mask,
-            probs,
-            lam,
-            sums,
-            lam if plan is None else plan,
-            t,
-            e,
-            g,
-            spec.target_num_experts,
-            max(spec.ep_size, 1),
-            spec.own_rank,
-            PLAN=plan is not None,
-            **_constants(e, mask, spec, e_pad, block),
-        )
+    launch(
+        "routing_kernel.routing_forward_kernel",
+        programs,
+        *(logits, lambda_logit, lam if mask is None else mask, probs, lam, sums, lam if plan is None else plan),
+        *(t, e, g, spec.target_num_experts, max(spec.ep_size, 1), spec.own_rank),
+        PLAN=plan is not None,
+        **constants(e, mask, spec.target_num_experts, spec.mask_padding, e_pad, block),
+    )
     return probs, lam, sums, plan
 
 
@@ -82,28 +77,19 @@ def backward(
     grad_sums: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of logits and lambda logits, from those of weights and sums."""
-    from ldmole_ds.ops.routing_kernel import routing_backward_kernel
-
     g, e, t = logits.shape
-    e_pad, block, programs = _tiles(e, t)
+    e_pad, block, programs = tiles(e, t)
     grad_logits, grad_lambda_logit = torch.empty_like(logits), torch.empty_like(lambda_logit)
-    with torch.cuda.device_of(logits):
-        routing_backward_kernel[(programs,)](
-            logits,
-            lambda_logit,
-            logits if mask is None else mask,
-            logits if grad_probs is None else grad_probs,
-            logits if grad_sums is None else grad_sums,
-            grad_logits,
-            grad_lambda_logit,
-            t,
-            e,
-            g,
-            spec.target_num_experts,
-            *((0, 0, 0) if grad_probs is None else grad_probs.stride()),
-            *((0, 0, 0) if grad_sums is None else grad_sums.stride()),
-            HAS_GRAD_PROBS=grad_probs is not None,
-            HAS_GRAD_SUMS=grad_sums is not None,
-            **_constants(e, mask, spec, e_pad, block),
-        )
+    given = [logits if x is None else x for x in (mask, grad_probs, grad_sums)]
+    launch(
+        "routing_kernel.routing_backward_kernel",
+        programs,
+        *(logits, lambda_logit, *given, grad_logits, grad_lambda_logit),
+        *(t, e, g, spec.target_num_experts),
+        *((0, 0, 0) if grad_probs is None else grad_probs.stride()),
+        *((0, 0, 0) if grad_sums is None else grad_sums.stride()),
+        HAS_GRAD_PROBS=grad_probs is not None,
+        HAS_GRAD_SUMS=grad_sums is not None,
+        **constants(e, mask, spec.target_num_experts, spec.mask_padding, e_pad, block),
+    )
     return grad_logits, grad_lambda_logit

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldmole_ds.ops.matrix_products import products_for
+from ldmole_ds.ops.matrix_products import exact_product, products_for
+from ldmole_ds.ops.planned import on_gpu
 
 # (weight, bias) of the lambda MLP's first layer.
 FirstLayer = tuple[Tensor, Tensor]
@@ -61,10 +62,11 @@ class _SharedInput(torch.autograd.Function):
         for weights, wide in _products(x_TD.dtype, lora_A, routing):
             pieces = sum(len(_piece_sizes(w, w is lora_A)) for w in weights)
             grad_NT, grads = torch.cat(grads[:pieces]), grads[pieces:]
+            halves = _in_two(grad_NT, x_TD.dtype) if wide and _on_tensor_cores(x_TD, weights) else None
             if need_x:
-                grad_x = _gradient_of_x(grad_NT, weights, x_TD, wide, grad_x)
+                grad_x = _gradient_of_x(grad_NT, halves, weights, x_TD, wide, grad_x)
             if any(need_weights):
-                product = _gradient_of_weights(grad_NT, weights, x_TD, wide)
+                product = _gradient_of_weights(grad_NT, halves, x_TD, wide)
                 rows = product.split([w.numel() // w.shape[-1] for w in weights])
                 grad_weights += [row.view(w.shape) for row, w in zip(rows, weights, strict=True)]
         return None, grad_x, grad_bias, *(grad_weights if any(need_weights) else [None] * len(need_weights))
@@ -73,16 +75,16 @@ class _SharedInput(torch.autograd.Function):
 def _rows_times_x(weights: Sequence[Tensor], x_TD: Tensor, wide: bool) -> Tensor:
     """``(N, T)``."""
     if wide and _on_tensor_cores(x_TD, weights):
-        return _exact_product(_stacked(weights, False), x_TD.t())
+        return exact_product(_stacked(weights, False), x_TD.t())
     return products_for(x_TD).mm(_stacked(weights, wide), _cast(x_TD, wide).t())
 
 
 def _gradient_of_x(
-    grad_NT: Tensor, weights: Sequence[Tensor], x_TD: Tensor, wide: bool, grad_x: Tensor | None
+    grad_NT: Tensor, halves: Tensor | None, weights: Sequence[Tensor], x_TD: Tensor, wide: bool, grad_x: Tensor | None
 ) -> Tensor:
     """``(T, D)`` in the dtype of x, added to ``grad_x``."""
-    if wide and _on_tensor_cores(x_TD, weights):
-        factors = _in_two(grad_NT, x_TD.dtype).t(), _stacked(weights, False).repeat(2, 1)
+    if halves is not None:
+        factors = halves.t(), _stacked(weights, False).repeat(2, 1)
         return torch.mm(*factors) if grad_x is None else grad_x.addmm_(*factors)
     factors, products = (grad_NT.t(), _stacked(weights, wide)), products_for(x_TD)
     if grad_x is not None and grad_x.dtype == grad_NT.dtype:
@@ -91,24 +93,17 @@ def _gradient_of_x(
     return product if grad_x is None else grad_x.add_(product)
 
 
-def _gradient_of_weights(grad_NT: Tensor, weights: Sequence[Tensor], x_TD: Tensor, wide: bool) -> Tensor:
+def _gradient_of_weights(grad_NT: Tensor, halves: Tensor | None, x_TD: Tensor, wide: bool) -> Tensor:
     """``(N, D)`` in the dtype of x."""
-    if wide and _on_tensor_cores(x_TD, weights):
-        return _exact_product(_in_two(grad_NT, x_TD.dtype), x_TD).view(2, len(grad_NT), -1).sum(0).to(x_TD.dtype)
+    if halves is not None:
+        return exact_product(halves, x_TD).view(2, len(grad_NT), -1).sum(0).to(x_TD.dtype)
     return products_for(x_TD).mm(grad_NT, _cast(x_TD, wide)).to(x_TD.dtype)
 
 
 def _on_tensor_cores(x_TD: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether products of x and these weights are exact in float32 and quick there; see the module docstring."""
     is_bf16 = all(t.dtype == torch.bfloat16 for t in (x_TD, *weights))  # float16 has too small a range for gradients
-    return x_TD.is_cuda and is_bf16 and len(x_TD) > 0
-
-
-def _exact_product(a: Tensor, b: Tensor) -> Tensor:
-    """Of two bfloat16 matrices, in float32."""
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    return on_gpu(x_TD) and is_bf16 and len(x_TD) > 0
 
 
 def _in_two(grad_NT: Tensor, dtype: torch.dtype) -> Tensor:

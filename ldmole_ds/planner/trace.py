@@ -1,8 +1,8 @@
 """One training step of the real code on fake tensors: its operations, and the memory that lives at once.
 
 Nothing is estimated from names or formulas: the wrapped model itself runs forward and backward with tensors that have
-shapes but no data (`torch._subclasses.FakeTensorMode`), and every operation is seen on its way; a kernel in C is one.
-In a plan for a CPU the model does what it does on a CPU of this machine (`ldmole_ds.planner.step_kind`). Deep models
+shapes but no data (`torch._subclasses.FakeTensorMode`), and every operation is seen on its way; a kernel in C or Triton
+is one. The model does what it does on the device that is planned for (`ldmole_ds.planner.step_kind`). Deep models
 are traced with two and three layers and continued from there, since each layer adds the same.
 """
 
@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig
 
 from ldmole_ds.config import LDMoLEConfig
 from ldmole_ds.model import LDMoLEModel, get_ldmole_model
-from ldmole_ds.ops import cpu_kernels
+from ldmole_ds.ops import kernel_watch
 from ldmole_ds.planner.cluster import Device
 from ldmole_ds.planner.model_shape import build_base
 from ldmole_ds.planner.step_kind import StepKind
@@ -112,12 +112,13 @@ class Recorder(TorchDispatchMode):
         storages = {id(t.untyped_storage()) for t in inputs}
         writes = func._schema.is_mutable or any(id(t.untyped_storage()) not in storages for t in outputs)
         if outputs and writes and func not in _FREE:
-            half = outputs[0].dtype in (torch.bfloat16, torch.float16)
+            # Products of half precision may give float32.
+            half = (inputs or outputs)[0].dtype in (torch.bfloat16, torch.float16)
             self.trace.ops[half, _flops(func, args, kwargs or {}, out), _bytes(*inputs, *outputs)] += 1
         return out
 
     def see_kernel(self, tensors: list[Tensor]) -> None:
-        """One in C: as long as what it reads and writes takes to move."""
+        """One in C or Triton: as long as what it reads and writes takes to move."""
         self.trace.calls += 1
         self.trace.ops[False, 0, _bytes(*tensors)] += 1
 
@@ -161,7 +162,7 @@ def trace_model(model: LDMoLEModel, ids: Tensor, accumulation: int = 1) -> Trace
     # What reduces gradients takes them away; they are not part of the activations.
     handles = [p.register_post_accumulate_grad_hook(_forget) for p in model.parameters() if p.requires_grad]
     recorder = Recorder(model.train())
-    with recorder, cpu_kernels.watched(recorder.see_kernel):
+    with recorder, kernel_watch.watched(recorder.see_kernel):
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
         model(**batch, gradient_accumulation_steps=accumulation).loss.backward()
     for handle in handles:

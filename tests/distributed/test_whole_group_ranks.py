@@ -32,8 +32,16 @@ def both_ways(rank: int, world_size: int) -> tuple[dict, dict, int, int]:
 
 
 @pytest.mark.distributed
-@pytest.mark.skipif(bool(cpu_kernels.why_not()), reason="the C kernels cannot be built here")
-def test_gathered_experts_in_one_node():
+@pytest.mark.parametrize("kernel", ["c", "triton"])
+def test_gathered_experts_in_one_node(kernel, monkeypatch):
+    """Triton's kernels, which run on a GPU, in its interpreter."""
+    if kernel == "triton":
+        pytest.importorskip("triton", reason="the kernels need triton: pip install triton")
+        if torch.cuda.is_available():
+            pytest.skip("on a GPU they are compiled, for tensors there")
+        monkeypatch.setenv("LDMOLE_FUSED_ROUTING", "on")
+    elif reason := cpu_kernels.why_not():
+        pytest.skip(reason)
     for whole, mixed, ran, groups in run_distributed(both_ways, 2):
         assert ran == groups, "every group runs in one node"
         assert whole.keys() == mixed.keys() and len(whole) > groups

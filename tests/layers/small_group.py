@@ -62,7 +62,7 @@ def one_pass(group, x, mask=None):
     with group.holder.use(context):
         outputs = [layer(x) for layer in group.layers]
     group.zero_grad()
-    weights = [torch.randn(y.shape, generator=torch.Generator().manual_seed(2)) for y in outputs]
+    weights = [torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.device) for y in outputs]
     (record,) = context.records
     sum((y * w).sum() for y, w in zip(outputs, weights, strict=True)).add(record.sums.square().sum()).backward()
     grads = {name: p.grad.clone() for name, p in group.named_parameters() if p.grad is not None}

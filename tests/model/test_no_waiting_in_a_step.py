@@ -23,8 +23,8 @@ def reads(monkeypatch):
     return found
 
 
-def two_micro_steps(checkpointing=False, dtype=torch.bfloat16):
-    config = tiny_config(lora_dropout=0.1, adapter_dtype="float32")
+def two_micro_steps(checkpointing=False, dtype=torch.bfloat16, adapter_dtype="float32"):
+    config = tiny_config(lora_dropout=0.1, adapter_dtype=adapter_dtype)
     model = get_ldmole_model(tiny_llama().to(DEVICE, dtype), config).train()
     if checkpointing:
         model.activation_checkpointing_enable()
@@ -42,7 +42,11 @@ def two_micro_steps(checkpointing=False, dtype=torch.bfloat16):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("case", [{}, {"checkpointing": True}, {"dtype": torch.float32}], ids=str)
+# In one dtype a GPU runs groups in one node.
+CASES = [{}, {"checkpointing": True}, {"dtype": torch.float32}, {"adapter_dtype": "bfloat16"}]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_once(case, reads):
     two_micro_steps(**case)
     assert len(reads) == 2 + CUDA

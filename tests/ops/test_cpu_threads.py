@@ -33,7 +33,7 @@ def group(t):
     (x, lora_A, gate, *mlp, B_0, B_1), mask = inputs(t)
     frozen = [torch.ones(4, D), torch.ones(7, D)]
     weights = GroupWeights(frozen, [None, None], lora_A, [B_0, B_1], gate, tuple(mlp), 1.5)
-    found = group_product(x, x, mask, weights, RoutingSpec(torch.float32, 2))
+    found = group_product(x, mask, weights, RoutingSpec(torch.float32, 2))
     total = sum(y.square().sum() for y in found.outputs) + found.sums.square().sum() / max(t, 1)
     grad_x, *grads = torch.autograd.grad(total, [x, lora_A, gate, *mlp, B_0, B_1])
     by_token = [*found.outputs, found.probs_GET, found.lam_T]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldmole_ds.ops.dropout import dropout, keep_mask
+from ldmole_ds.ops.dropout import dropout, keep_mask, with_mask
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 1e-3])
@@ -40,6 +40,18 @@ def test_gradient_is_the_mask():
     (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
     torch.testing.assert_close(grad * x, y)
     assert 0 < (grad == 0).sum() < grad.numel()
+
+
+@pytest.mark.parametrize("p", [0.3, 1.0])
+def test_values_and_mask_are_those_of_dropout(p):
+    x, grad_y, grad_x = torch.randn(50, 20, requires_grad=True), torch.randn(50, 20), torch.randn(50, 20)
+    state = torch.get_rng_state()
+    y = dropout(x, p)
+    torch.set_rng_state(state)
+    found = with_mask(x, p)
+    assert torch.equal(found.values, y) and not found.values.requires_grad
+    (expected,) = torch.autograd.grad(y, x, grad_y)
+    torch.testing.assert_close(found.add_gradient_(grad_x.clone(), grad_y), grad_x + expected)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 2, 5)])

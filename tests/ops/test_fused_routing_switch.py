@@ -90,22 +90,27 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from ldmole_ds.ops import routing_kernel
+from ldmole_ds.ops import group_kernel, routing_kernel
 
-POINTERS = {"mask": "*u8", "destinations": "*u8", "probs": "*bf16", "grad_probs": "*bf16"}
-TENSORS = {"logits", "lambda_logits", "lambdas", "sums", "grad_sums", "grad_logits", "grad_lambda_logits"}
-FLAGS = {"LAMBDA_TOP": 0.99} | dict.fromkeys(
-    ["HAS_MASK", "MASK_PADDING", "SPARSITY", "PLAN", "HAS_GRAD_PROBS", "HAS_GRAD_SUMS"], True
+POINTERS = dict.fromkeys(["mask", "destinations", "live"], "*u8") | {"scaling": "fp32"}
+POINTERS |= dict.fromkeys(["grad_probs", "bias_in", "weight_out", "bias_out", "weighted", "grad_rows"], "*bf16")
+TENSORS = {"logits", "lambda_logits", "lambdas", "sums", "grad_sums", "grad_logits", "grad_lambda_logits", "rows"}
+TENSORS |= {"grad_mlp"}
+FLAGS = {"LAMBDA_TOP": 0.99, "E_PAD": 8, "R_BLOCK": 8, "H_BLOCK": 64, "BLOCK_T": 32} | dict.fromkeys(
+    ["HAS_MASK", "MASK_PADDING", "SPARSITY", "PLAN", "HAS_GRAD_PROBS", "HAS_GRAD_SUMS", "SPLIT"], True
 )
-for kernel in (routing_kernel.routing_forward_kernel, routing_kernel.routing_backward_kernel):
-    names = kernel.arg_names
-    constants = {n: v for n, v in (FLAGS | {"E_PAD": 8, "BLOCK_T": 64}).items() if n in names}
-    types = {n: POINTERS.get(n, "*fp32" if n in TENSORS else "i32") for n in names}
+routing = (routing_kernel.routing_forward_kernel, routing_kernel.routing_backward_kernel)
+group = (group_kernel.group_forward_kernel, group_kernel.group_backward_kernel)
+for kernel in routing + group:
+    names, probs = kernel.arg_names, {"probs": "*bf16" if kernel in routing else "*fp32"}
+    constants = {n: v for n, v in FLAGS.items() if n in names}
+    types = {n: (POINTERS | probs).get(n, "*fp32" if n in TENSORS else "i32") for n in names}
     types |= dict.fromkeys(constants, "constexpr")
     compiled = triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 90, 32))
     assert compiled.asm["cubin"]
-    # 32 bits would overflow beyond 2^31 routing weights.
-    assert not re.findall(r"%offsets.* = arith.muli .*: (?:tensor<.*x)?i32", compiled.asm["ttir"])
+    # 32 bits would overflow beyond 2^31 routing weights, or values of h.
+    offset = r"%(?:offsets|rows|at|rest_at|of_h)\\w* = arith.(?:muli|addi) .*: tensor<\\d+x\\d+x(?:\\d+x)?(i\\d+)>"
+    assert set(re.findall(offset, compiled.asm["ttir"])) == {"i64"}, kernel.__name__
     print(kernel.__name__)
 """
 
@@ -117,4 +122,4 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == 2
+    assert len(done.stdout.splitlines()) == 4

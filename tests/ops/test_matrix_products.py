@@ -22,11 +22,17 @@ needs_onednn = pytest.mark.skipif(not matrix_products.is_here(), reason="this Py
 ZEN_5 = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nflags\t\t: fpu avx2 avx512f\n\nprocessor\t: 1\n"
 
 
-@pytest.fixture(autouse=True)
 def forget():
+    """What was found out about the machine."""
     matrix_products.multiplies.cache_clear()
+    matrix_products.torch_is_slow.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def every_machine():
+    forget()
     yield
-    matrix_products.multiplies.cache_clear()
+    forget()
 
 
 @pytest.fixture
@@ -132,7 +138,7 @@ def test_who_multiplies_on_its_own_choice(wide, monkeypatch):
         assert products_for(x[:, :-1]) is TORCH, "few tokens"
         assert products_for(torch.randn(T, D - 1)) is TORCH, "small products"
         assert products_for(torch.randn(0, D)) is TORCH
-        matrix_products.multiplies.cache_clear()
+        forget()
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
         assert products_for(x) is TORCH, "another library than MKL"
 
