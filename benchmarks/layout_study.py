@@ -40,7 +40,8 @@ GPUS = [8, 16, 32, 64, 128, 256, 512, 1024]
 EXPERTS = [8, 16, 32, 64, 128, 256, 512, 1024]
 ACTIVE, SKEW = 2, 4.0
 MICRO, LENGTH, NODE, GPU = 4, 1024, 8, "h100"
-KIND = StepKind(checkpointing=True)
+# Input groups in parts, where tokens travel or ZeRO-3 gathers, and in one node.
+KINDS = (StepKind(checkpointing=True), StepKind(checkpointing=True, whole=True))
 # Sizes of Llama 3.1 8B and 70B.
 _COMMON = {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192}
 BASES = {
@@ -85,10 +86,10 @@ class Continued:
         return few + self.times * (more - few)
 
 
-def best_of_modes(base: str, num_experts: int, num_gpus: int, skew: float, shape, trace) -> dict[str, Estimate | None]:
+def best_of_modes(base: str, num_experts: int, num_gpus: int, skew: float, shape, traces) -> dict[str, Estimate | None]:
     """Per mode, the fastest layout that fits, or None."""
     cluster = Cluster(nodes=num_gpus // NODE, ranks_per_node=NODE, **PRESETS[GPU])
-    job = Job(shape, cluster, Batch(MICRO, LENGTH), Precision(base=2, adapter=2), Routing(ACTIVE, skew), {KIND: trace})
+    job = Job(shape, cluster, Batch(MICRO, LENGTH), Precision(base=2, adapter=2), Routing(ACTIVE, skew), traces)
     ep_sizes = [2**i for i in range(11) if 2**i <= min(num_gpus, num_experts)]
     found: dict[str, Estimate | None] = {}
     for mode in MODES:
@@ -110,13 +111,13 @@ def study() -> dict[tuple, dict[str, Estimate | None]]:
     cells = {}
     for base, hf_config in BASES.items():
         traced = {"micro": MICRO, "length": LENGTH, "dtype": torch.bfloat16}
-        few, more = (trace_step(hf_config, adapter(e), KIND, **traced) for e in (8, 16))
+        steps = {kind: [trace_step(hf_config, adapter(e), kind, **traced) for e in (8, 16)] for kind in KINDS}
         for num_experts in EXPERTS:
             shape = shape_of_config(hf_config, adapter(num_experts))
-            trace = Continued(few, more, (num_experts - 8) / 8)
+            traces = {kind: Continued(few, more, (num_experts - 8) / 8) for kind, (few, more) in steps.items()}
             for num_gpus, skew in product(GPUS, (1.0, SKEW)):
                 cells[base, num_experts, num_gpus, skew] = best_of_modes(
-                    base, num_experts, num_gpus, skew, shape, trace
+                    base, num_experts, num_gpus, skew, shape, traces
                 )
             print(base, num_experts, "done", flush=True)
     return cells

@@ -62,7 +62,7 @@ def predict(case: Case, world_size: int, found: Calibration, figures: dict) -> d
     cluster = Cluster(found.device, 1, world_size, wire, wire, found.costs)
     sent = statistics.mean(row[0] for row in figures["rows"])
     routing = Routing(adapter.num_experts, remote_ranks=sent / batch.tokens)
-    kind = kind_of(layout, found.device)
+    kind = kind_of(layout, found.device, Precision())
     trace = trace_step(hf_config, adapter, kind, micro=micro, length=length)
     job = Job(shape, cluster, batch, Precision(), routing, {kind: trace})
     estimate = job.estimate(layout)

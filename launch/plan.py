@@ -118,7 +118,7 @@ def build_job(flags: Namespace):
     active = expected_experts(config) if flags.active_experts is None else flags.active_experts
     routing = Routing(active, flags.skew)
     traced = {"micro": micro, "length": flags.max_length, "dtype": getattr(torch, base)}
-    kinds = {kind_of(layout, cluster.device) for layout in plans}
+    kinds = {kind_of(layout, cluster.device, precision) for layout in plans}
     traces = {kind: trace_step(hf_config, config, kind, **traced) for kind in kinds}
     job = Job(shape, cluster, batch, precision, routing, traces)
     return job, [job.estimate(layout) for layout in plans]

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ldmole_ds.ops import matrix_products
 from ldmole_ds.ops.grouped_experts import GROUPED
 from ldmole_ds.ops.lora_experts import DENSE, Products
 from ldmole_ds.ops.planned import planned_cpu
@@ -38,6 +39,9 @@ SWITCH = "LDMOLE_EXPERT_COMPUTE"
 # and calling an expert's products. Fitted to times of one CPU core over experts of 4 x 8 to 128 x 32, 16 to 4,096
 # tokens, 1 to 16 active, D of 256 and 768; `benchmarks/expert_compute.py` holds the choice against the times.
 PER_PAIR_VALUE, PER_TOKEN_VALUE, PER_EXPERT = 230.0, 150.0, 4e6
+# On AMD's processors from Zen 5 on, whose dense products of tokens that travel stay with a slow library, this times as
+# fast beside them: then the choice is right in all of 134 cells there.
+BESIDE_SLOW_PRODUCTS = 2.0
 
 
 def dense_operations(rows: float, num_experts: int, r: int, in_features: int, out_features: Sequence[int]) -> float:
@@ -64,6 +68,11 @@ def grouped_speed() -> float:
     return 1 / torch.get_num_threads()
 
 
+def grouped_margin() -> float:
+    """How much more `choose_products` thinks of grouped products than `grouped_speed` says."""
+    return BESIDE_SLOW_PRODUCTS if matrix_products.torch_is_slow() else 1.0
+
+
 def may_group_on(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products of this dtype may be grouped there, in a layer large enough.
 
@@ -78,7 +87,9 @@ def may_group_on(device: torch.device, dtype: torch.dtype) -> bool:
     return switch == "grouped" or (switch == "auto" and on_cpu and dtype.itemsize >= 4)
 
 
-def may_be_grouped(rows: int, lora_A: Tensor, out_features: Sequence[int], num_experts: int | None = None) -> bool:
+def may_be_grouped(
+    rows: int, lora_A: Tensor, out_features: Sequence[int], num_experts: int | None = None, beside: float = 1.0
+) -> bool:
     """Whether grouped products may be the choice for so many tokens, whatever their routing; see the module docstring.
 
     Args:
@@ -86,6 +97,7 @@ def may_be_grouped(rows: int, lora_A: Tensor, out_features: Sequence[int], num_e
         lora_A: ``(G, e, r, D)``.
         out_features: O_g of each projection.
         num_experts: How many experts will be here, if not those of ``lora_A``.
+        beside: Times `grouped_speed`.
 
     Raises:
         ValueError: As `may_group_on`.
@@ -98,23 +110,28 @@ def may_be_grouped(rows: int, lora_A: Tensor, out_features: Sequence[int], num_e
     _, e, r, d = lora_A.shape
     layer = (num_experts or e, r, d, out_features)
     speed = grouped_speed() if planned is None else planned.grouped_speed
-    return _is_forced() or _grouped_is_cheaper(rows * len(out_features), rows, layer, speed)
+    return _is_forced() or _grouped_is_cheaper(rows * len(out_features), rows, layer, speed * beside)
 
 
 def choose_products(w_NGe: Tensor, lora_A: Tensor, lora_B: Sequence[Tensor]) -> Products:
     """The products for tokens with routing weights ``(N, G, e)``; see the module docstring.
 
+    Dense ones are PyTorch's library's here (`ldmole_ds.ops.lora_experts`).
+
     Raises:
         ValueError: As `may_group_on`.
     """
     rows, out_features = len(w_NGe), [b.shape[-1] for b in lora_B]
-    if isinstance(lora_A, FakeTensor) or not may_be_grouped(rows, lora_A, out_features):
+    if torch.compiler.is_compiling() or isinstance(lora_A, FakeTensor):
+        return DENSE
+    beside = grouped_margin()
+    if not may_be_grouped(rows, lora_A, out_features, beside=beside):
         return DENSE
     if _is_forced():
         return GROUPED
     pairs = int(torch.count_nonzero(w_NGe))
     layer = (*lora_A.shape[1:], out_features)
-    return GROUPED if _grouped_is_cheaper(pairs, rows, layer, grouped_speed()) else DENSE
+    return GROUPED if _grouped_is_cheaper(pairs, rows, layer, beside * grouped_speed()) else DENSE
 
 
 def _is_forced() -> bool:

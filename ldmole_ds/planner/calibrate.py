@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldmole_ds.distributed import expert_parallel
 from ldmole_ds.model import LDMoLEModel, get_ldmole_model
-from ldmole_ds.ops.expert_compute import grouped_speed
+from ldmole_ds.ops.expert_compute import grouped_margin, grouped_speed
 from ldmole_ds.ops.matrix_products import products_for
 from ldmole_ds.planner.calibrate_steps import reference_step
 from ldmole_ds.planner.layout import Layout
@@ -41,7 +41,7 @@ class Times:
         world_size: Ranks that measured together.
         seconds: By what was timed.
         dispatched: By ep_size, bytes that a rank sent in the dispatches of a reference step.
-        grouped_speed: As of `Device`, with the threads of these ranks.
+        grouped_speed, grouped_margin: As of `Device`, with the threads of these ranks.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Times:
     seconds: dict[str, float]
     dispatched: dict[int, float]
     grouped_speed: float = 0.0
+    grouped_margin: float = 1.0
 
     def best(self, other: Times) -> Times:
         """The faster of two measurements of the same machine, each time by itself: other work only adds."""
@@ -100,7 +101,8 @@ def measure(device: torch.device, say: Callable[[str], None] = lambda text: None
             seconds[f"{name} exchange {size}"] = _exchange(size, num_bytes, device)
     memory = torch.cuda.get_device_properties(device).total_memory if kind == "cuda" else _host_memory()
     name = torch.cuda.get_device_name(device) if kind == "cuda" else "CPU rank"
-    return Times(name, memory, kind, world, seconds, dispatched, grouped_speed() if kind == "cpu" else 0.0)
+    grouped = (grouped_speed(), grouped_margin()) if kind == "cpu" else ()
+    return Times(name, memory, kind, world, seconds, dispatched, *grouped)
 
 
 def experts_for(world_size: int) -> int:

@@ -32,6 +32,7 @@ class Device:
         op_seconds: What starting an operation costs the host.
         asynchronous: Whether the host starts operations ahead, so that starting and computing overlap.
         grouped_speed: Of grouped expert products beside dense ones; 0 where they are always dense, as on a GPU.
+        grouped_margin: As `ldmole_ds.ops.expert_compute.grouped_margin`.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Device:
     op_seconds: float = 8e-6
     asynchronous: bool = True
     grouped_speed: float = 0.0
+    grouped_margin: float = 1.0
 
 
 @dataclass(frozen=True)

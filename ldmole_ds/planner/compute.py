@@ -23,6 +23,7 @@ def expert_seconds(
     passes: int,
     device: Device,
     item: int,
+    asked_once: bool = False,
 ) -> float:
     """The experts' products of a group, forward and backward, in the way that the layer's own rule chooses.
 
@@ -34,13 +35,16 @@ def expert_seconds(
         passes: 3, or 4 where forward is computed twice.
         device: That computes.
         item: Bytes of an adapter value.
+        asked_once: Whether the layer looks at the routing right away. Else it asks before it has routed, and where it
+            then computes h that is dense for sure, by the quicker library.
     """
     layer = (num_experts, shape.config.r, group.in_features, group.out_features)
     dtype = torch.bfloat16 if item == 2 else torch.float32
     if device.grouped_speed and may_group_on(torch.device("cpu"), dtype):
-        # The layer asks once before it has routed, counting an expert for each token, and once with the pairs.
-        counted = max(pairs, rows * len(group.out_features))
-        if grouped_operations(counted, rows, *layer) < dense_operations(rows, *layer) * device.grouped_speed:
+        # Counting an expert for each token, and then the pairs.
+        dense = dense_operations(rows, *layer) * device.grouped_speed
+        first, then = (grouped_operations(n, rows, *layer) for n in (rows * len(group.out_features), pairs))
+        if first < dense * (device.grouped_margin if asked_once else 1.0) and then < dense * device.grouped_margin:
             speed = device.grouped_speed * (device.half_flops if item == 2 else device.float_flops)
             return passes / 3 * grouped_operations(pairs, rows, *layer) / speed
     return dense_seconds(shape, group, rows, num_experts, passes, device, item)
@@ -85,15 +89,18 @@ def compute_seconds(
     for group in shape.groups:
         tokens, experts, p, args = batch.tokens, group.num_experts, layout.ep_size, (device, precision.adapter)
         pairs = tokens * min(routing.active_experts, experts) * len(group.out_features)
-        products = [(tokens, experts, pairs, traced)]
+        # Weights that are gathered between a group's parts are there when it has routed.
+        gathered = layout.dispatch == "weights" and layout.zero_stage == 3 and shape.is_partitioned(group, p)
+        products = [((tokens, experts, pairs, traced), gathered)]
         if layout.dispatch == "tokens" and shape.is_partitioned(group, p):
             rows = routing.skew * expected_rows(group, tokens, p, routing)
             received = routing.skew * pairs * (p - 1) / p
-            products = [(tokens, experts // p, pairs / p, passes), (rows, experts // p, received, passes)]
+            own, others = (tokens, experts // p, pairs / p, passes), (rows, experts // p, received, passes)
+            products = [(own, bool(layout.chunk_tokens)), (others, True)]
             # Rows are picked, packed and added back.
             width = group.in_features + sum(group.out_features)
             micro += 2 * passes * rows * width * precision.adapter / device.bandwidth
-        micro += sum(expert_seconds(shape, group, *of_rows, *args) for of_rows in products)
+        micro += sum(expert_seconds(shape, group, *of_rows, *args, once) for of_rows, once in products)
         micro -= dense_seconds(shape, group, tokens, experts, traced, *args)
     dense, experts = shape.held(layout.ep_size)
     owned = dense + experts

@@ -56,7 +56,7 @@ class Job:
     def estimate(self, layout: Layout) -> Estimate:
         """Time and memory of this layout."""
         shape, world = self.shape, self.cluster.world_size
-        trace = self.traces[kind_of(layout, self.cluster.device)]
+        trace = self.traces[kind_of(layout, self.cluster.device, self.precision)]
         compute, optimizer = compute_seconds(
             shape,
             trace,

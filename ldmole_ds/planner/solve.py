@@ -57,8 +57,11 @@ def solve(times: Times) -> Calibration:
         op_seconds=0.0,
         asynchronous=times.kind == "cuda",
         grouped_speed=times.grouped_speed,
+        grouped_margin=times.grouped_margin,
     )
-    starting, thin = (reference.trace(experts, kind_of(Layout(), device)) for reference in (STARTING, THIN))
+    starting, thin = (
+        reference.trace(experts, kind_of(Layout(), device, Precision())) for reference in (STARTING, THIN)
+    )
     starting = starting.first
     busy = 0.0 if device.asynchronous else sum(n * op_seconds(device, *op) for op, n in starting.ops.items())
     device = replace(device, op_seconds=max(seconds["starting"] - busy, 0.0) / starting.calls)
@@ -137,7 +140,7 @@ def estimate_reference(times: Times, speeds: Calibration, layout: Layout, refere
         one = expert_phases(shape, layout, batch, 4, [(batch.tokens, 0.0)] * len(shape.groups))
         remote = times.dispatched[layout.ep_size] / one["dispatch"].bytes
     routing = Routing(shape.config.num_experts, remote_ranks=remote)
-    kind = kind_of(layout, speeds.device)
+    kind = kind_of(layout, speeds.device, Precision())
     trace = reference.trace(shape.config.num_experts, kind)
     return Job(shape, cluster, batch, Precision(), routing, {kind: trace}).estimate(layout)
 

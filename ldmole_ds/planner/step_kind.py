@@ -10,9 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ldmole_ds.distributed import ExpertWeights, LocalTokenDispatcher
 from ldmole_ds.model import LDMoLEModel
 from ldmole_ds.ops.grouped_update import Update
-from ldmole_ds.ops.planned import PlannedCpu
+from ldmole_ds.ops.planned import PlannedCpu, PlannedGpu
 from ldmole_ds.planner.cluster import Device
-from ldmole_ds.planner.layout import Layout
+from ldmole_ds.planner.layout import Layout, Precision
 
 
 class StepKind(NamedTuple):
@@ -20,8 +20,8 @@ class StepKind(NamedTuple):
 
     Attributes:
         checkpointing: Whether each layer is recomputed in backward.
-        grouped_speed: As of `Device`, where it is a CPU, which has kernels in C; None: a GPU.
-        whole: Whether a CPU may run an input group in one node (`ldmole_ds.layers.whole_group`).
+        grouped_speed: As of `Device`, where it is a CPU, which has kernels in C; None: a GPU, which has Triton's.
+        whole: Whether an input group may run in one node (`ldmole_ds.layers.whole_group`).
     """
 
     checkpointing: bool = False
@@ -30,9 +30,7 @@ class StepKind(NamedTuple):
 
     def fake_tensors(self) -> FakeTensorMode:
         """In which tensors stand for those of the device."""
-        if self.grouped_speed is None:
-            return FakeTensorMode(allow_non_fake_inputs=True)
-        return PlannedCpu(self.grouped_speed)
+        return PlannedGpu() if self.grouped_speed is None else PlannedCpu(self.grouped_speed)
 
     def prepare(self, model: LDMoLEModel) -> LDMoLEModel:
         """Let the model, which has all experts on its rank, run as it does in this step."""
@@ -51,8 +49,10 @@ class _InParts(LocalTokenDispatcher):
         return super().run(x_TD, probs_TGE, experts, layer)
 
 
-def kind_of(layout: Layout, device: Device) -> StepKind:
-    """Of a step in this layout on this device: tokens travel, and ZeRO-3's hooks gather, between a group's parts."""
-    if device.asynchronous:
-        return StepKind(layout.checkpointing)
-    return StepKind(layout.checkpointing, device.grouped_speed, layout.dispatch != "tokens" and layout.zero_stage < 3)
+def kind_of(layout: Layout, device: Device, precision: Precision) -> StepKind:
+    """Of a step in this layout on this device: tokens travel, and ZeRO-3's hooks gather, between a group's parts.
+
+    Nor is a group one node whose frozen layers are quantised.
+    """
+    whole = layout.dispatch != "tokens" and layout.zero_stage < 3 and precision.quantization == "none"
+    return StepKind(layout.checkpointing, None if device.asynchronous else device.grouped_speed, whole)

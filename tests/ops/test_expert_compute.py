@@ -16,6 +16,7 @@ PAPER, LARGE = (8, 8), (128, 32)
 def auto(monkeypatch):
     monkeypatch.delenv(module.SWITCH, raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(module.matrix_products, "torch_is_slow", lambda: False)
 
 
 def layer(size, rows=1024, support=2, projections=1, d=64, **kinds):
@@ -51,6 +52,13 @@ def test_large_experts_that_few_tokens_use_are_grouped():
     assert chosen(LARGE, support=128) == "dense"
     assert chosen(LARGE, rows=2) == "dense", "two tokens fill no product"
     assert chosen(LARGE, rows=0) == "dense"
+
+
+def test_a_slow_library_of_dense_products_favours_grouped_ones(monkeypatch):
+    cases = [{"size": (16, 16), "support": k} for k in (2, 4, 16)]
+    assert [chosen(**case, d=256) for case in cases] == ["grouped", "dense", "dense"]
+    monkeypatch.setattr(module.matrix_products, "torch_is_slow", lambda: True)
+    assert [chosen(**case, d=256) for case in cases] == ["grouped", "grouped", "dense"]
 
 
 def test_many_threads_favour_dense_products(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from ldmole_ds.config import LDMoLEConfig
 from ldmole_ds.model.dispatch_plan import GroupShape
 from ldmole_ds.ops import expert_compute
-from ldmole_ds.ops.expert_compute import SWITCH, choose_products
+from ldmole_ds.ops.expert_compute import SWITCH, choose_products, may_be_grouped
 from ldmole_ds.ops.grouped_experts import GROUPED
 from ldmole_ds.planner import Batch, Layout, Precision
 from ldmole_ds.planner.compute import dense_seconds, expert_seconds
@@ -48,15 +48,22 @@ def test_large_experts_take_what_their_active_pairs_take(monkeypatch):
 @pytest.mark.parametrize(("e", "r"), [(8, 8), (16, 16), (64, 16), (128, 32)])
 @pytest.mark.parametrize("tokens", [128, 1024])
 @pytest.mark.parametrize("active", [0.5, 1, 2, 4, 8])
-def test_the_planner_groups_where_the_layer_does(e, r, tokens, active):
+@pytest.mark.parametrize("slow", [False, True])
+def test_the_planner_groups_where_the_layer_does(e, r, tokens, active, slow, monkeypatch):
+    monkeypatch.setattr(expert_compute.matrix_products, "torch_is_slow", lambda: slow)
+    cpu = replace(CPU, grouped_margin=expert_compute.grouped_margin())
     weights = torch.zeros(tokens, 1, e)
     weights.view(-1)[: int(tokens * active)] = 1.0
     assert torch.get_num_threads() == 1
     chosen = choose_products(weights, torch.empty(1, e, r, 256), [torch.empty(e, r, 256)])
     model = large(e, r)
     args = (model, model.groups[0], tokens, e)
-    grouped = expert_seconds(*args, tokens * active, 3, CPU, 4) != dense_seconds(*args, 3, CPU, 4)
+    grouped = expert_seconds(*args, tokens * active, 3, cpu, 4, asked_once=True) != dense_seconds(*args, 3, cpu, 4)
     assert grouped == (chosen is GROUPED)
+    # A layer whose tokens stay asks first for all tokens, with dense products by the quicker library.
+    may = may_be_grouped(tokens, torch.empty(1, e, r, 256), [256])
+    grouped = expert_seconds(*args, tokens * active, 3, cpu, 4) != dense_seconds(*args, 3, cpu, 4)
+    assert grouped == (may and chosen is GROUPED)
 
 
 def test_the_switch_holds_for_plans_too(monkeypatch):

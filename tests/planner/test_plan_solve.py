@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from ldmole_ds.planner import Device, Layout, StepCosts, Wire, kind_of
+from ldmole_ds.planner import Device, Layout, Precision, StepCosts, Wire, kind_of
 from ldmole_ds.planner.calibrate import (
     EXCHANGED,
     PRODUCT,
@@ -33,7 +33,7 @@ def times_of(true: Calibration, world_size: int = 4) -> Times:
     seconds = {"float": 2 * m * k * n / (device.float_flops / REACHED)}
     seconds |= {"half": 2 * m * k * n / (device.half_flops / REACHED), "sum": 12 * VALUES["cpu"] / device.bandwidth}
     large = replace(device, float_flops=device.float_flops / REACHED, half_flops=device.half_flops / REACHED)
-    kind = kind_of(Layout(), device)
+    kind = kind_of(Layout(), device, Precision())
     seconds["starting"] = STARTING.trace(experts, kind).seconds(large)
     seconds["thin"] = THIN.trace(experts, kind).seconds(device)
     for size, wire in true.wires.items():

@@ -1,4 +1,4 @@
-"""A plan is traced with the operations that the planned device would run: kernels in C on a CPU, none on a GPU."""
+"""A plan is traced with the operations that the planned device would run: kernels in C on a CPU, in Triton on a GPU."""
 
 from collections import Counter
 from dataclasses import replace
@@ -8,16 +8,17 @@ import torch
 from torch import nn
 
 from ldmole_ds.model import get_ldmole_model
-from ldmole_ds.ops import cpu_kernels, fused_routing
+from ldmole_ds.ops import cpu_kernels, fused_routing, group_triton, routing_triton, triton_launch
 from ldmole_ds.ops.expert_compute import SWITCH as PRODUCTS
 from ldmole_ds.ops.fused_routing import SWITCH
-from ldmole_ds.planner import Layout, StepKind, kind_of
+from ldmole_ds.planner import Layout, Precision, StepKind, kind_of
 from ldmole_ds.planner.model_shape import build_base
 from ldmole_ds.planner.trace import Recorder, Trace, trace_model, trace_step
 from tests.planner.plan_cases import DEVICE, small_hf_config
 from tests.tiny import tiny_config
 
-WHOLE, PARTS, GPU = StepKind(grouped_speed=1.0, whole=True), StepKind(grouped_speed=1.0), StepKind()
+WHOLE, PARTS = StepKind(grouped_speed=1.0, whole=True), StepKind(grouped_speed=1.0)
+GPU, GPU_PARTS = StepKind(whole=True), StepKind()
 
 
 def traced(kind: StepKind) -> Trace:
@@ -31,11 +32,15 @@ def planned(kind: StepKind, **changes) -> Trace:
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Names of the C functions that were called, or would have been."""
+    """Names of the kernels in C and Triton that were called, or would have been."""
     if reason := cpu_kernels.why_not():
         pytest.skip(reason)
-    called, call = [], cpu_kernels.call
+    called, call, launch = [], cpu_kernels.call, triton_launch.launch
     monkeypatch.setattr(cpu_kernels, "call", lambda name, *args: called.append(name) or call(name, *args))
+    for module in (group_triton, routing_triton):
+        monkeypatch.setattr(
+            module, "launch", lambda name, *args, **more: called.append(name) or launch(name, *args, **more)
+        )
     return called
 
 
@@ -73,16 +78,58 @@ def test_a_kernel_counts_as_one_operation_that_moves_its_tensors(kernels, monkey
 def test_what_runs_where(kernels, monkeypatch):
     whole, parts = planned(WHOLE), planned(PARTS)
     assert {name.split("_")[0] for name in kernels} == {"group", "routing"}
+    # In half precision a CPU has no whole groups.
+    half = {"micro": 2, "length": 12, "dtype": torch.bfloat16}
     kernels.clear()
-    gpu = planned(GPU)
-    assert not kernels and whole.calls < parts.calls < gpu.calls
-    # Half precision has no whole groups, and a machine without a compiler no kernels.
-    trace_step(
-        small_hf_config(), tiny_config(adapter_dtype="bfloat16"), WHOLE, micro=2, length=12, dtype=torch.bfloat16
-    )
+    trace_step(small_hf_config(), tiny_config(adapter_dtype="bfloat16"), WHOLE, **half)
     assert set(kernels) == {"routing_forward", "routing_backward"}
+    # Neither has a machine without a compiler kernels in C.
     monkeypatch.setattr(fused_routing.cpu_kernels, "why_not", lambda: "no compiler")
-    assert planned(WHOLE) == planned(PARTS) == gpu
+    kernels.clear()
+    plain = planned(WHOLE)
+    assert not kernels and plain == planned(PARTS) and whole.calls < parts.calls < plain.calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_runs_on_a_gpu(kernels, monkeypatch, dtype):
+    """With Triton, which the machine that plans need not have."""
+    monkeypatch.setattr(fused_routing.routing_triton, "is_here", lambda: False)
+    config, sizes = tiny_config(adapter_dtype=str(dtype).partition(".")[2]), {"micro": 2, "length": 12, "dtype": dtype}
+    calls = {}
+    for kind, expected in ((GPU, "group"), (GPU_PARTS, "routing")):
+        kernels.clear()
+        calls[kind] = trace_step(small_hf_config(), config, kind, **sizes).first.calls
+        names = {f"{expected}_kernel.{expected}_{direction}_kernel" for direction in ("forward", "backward")}
+        assert set(kernels) == names and len(kernels) == 16
+    monkeypatch.setenv(SWITCH, "off")
+    plain = trace_step(small_hf_config(), config, GPU, **sizes).first.calls
+    assert calls[GPU] < 0.75 * calls[GPU_PARTS] and calls[GPU_PARTS] < plain
+
+
+def test_products_of_half_precision_that_give_float32_are_half_precision(kernels):
+    """Router and lambda MLP run on a GPU's tensor cores."""
+    for kind in (GPU, GPU_PARTS):
+        config = tiny_config(adapter_dtype="bfloat16")
+        ops = trace_step(small_hf_config(), config, kind, micro=2, length=12, dtype=torch.bfloat16).first.ops
+        by_half = {half: sum(n * op[1] for op, n in ops.items() if op[0] == half) for half in (True, False)}
+        assert 0 <= by_half[False] < 0.01 * by_half[True]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of Triton's interpreter
+@pytest.mark.parametrize("kind", [GPU, GPU_PARTS])
+def test_fake_steps_of_a_gpu_have_the_products_of_real_ones(kernels, monkeypatch, kind):
+    pytest.importorskip("triton", reason="the kernels need triton: pip install triton")
+    if torch.cuda.is_available():
+        pytest.skip("the model is on the CPU, where Triton's kernels run in its interpreter alone")
+    with kind.fake_tensors():
+        fake, of_fake = traced(kind), list(kernels)
+    kernels.clear()
+    monkeypatch.setenv(SWITCH, "on")
+    real = traced(kind)
+    assert kernels == of_fake and len(kernels) == 16
+    products = [Counter({op: n for op, n in t.ops.items() if op[1]}) for t in (fake, real)]
+    assert products[0] == products[1] and products[0].total() > 60
+    assert fake.peak == pytest.approx(real.peak, rel=0.02)
 
 
 def test_layers_that_may_be_grouped_are_not_whole(kernels, monkeypatch):
@@ -100,10 +147,12 @@ def test_layers_that_may_be_grouped_are_not_whole(kernels, monkeypatch):
 
 def test_the_kind_is_that_of_device_and_layout():
     def kind(*layout, **more):
-        return kind_of(Layout(*layout, **more), DEVICE)
+        return kind_of(Layout(*layout, **more), DEVICE, Precision())
 
     assert kind() == kind(2, 2, "weights") == StepKind(False, DEVICE.grouped_speed, True)
     assert kind(1, 3) == kind(2, 2, "tokens") == StepKind(False, DEVICE.grouped_speed)
     assert kind(checkpointing=True) == StepKind(True, DEVICE.grouped_speed, True)
     gpu = replace(DEVICE, asynchronous=True)
-    assert kind_of(Layout(2, 2, "weights"), gpu) == StepKind()
+    assert kind_of(Layout(2, 2, "weights"), gpu, Precision()) == StepKind(whole=True)
+    assert kind_of(Layout(2, 2, "weights"), gpu, Precision(quantization="nf4")) == StepKind()
+    assert kind_of(Layout(2, 2, "tokens"), gpu, Precision()) == kind_of(Layout(1, 3), gpu, Precision()) == StepKind()

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldmole_ds.model import get_ldmole_model
 from ldmole_ds.planner import StepKind
@@ -22,8 +21,8 @@ def test_recomputing_computes_more_and_keeps_less():
 
 def test_further_layers_add_what_the_third_added():
     continued = trace_step(small_hf_config(5), tiny_config(), StepKind(), micro=2, length=16)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = get_ldmole_model(build_base(small_hf_config(5)), tiny_config())
+    with StepKind().fake_tensors():
+        model = StepKind().prepare(get_ldmole_model(build_base(small_hf_config(5)), tiny_config()))
         whole = trace_model(model, torch.zeros(2, 16, dtype=torch.long))
     assert continued.more_layers == 3
     assert continued.seconds(DEVICE) == pytest.approx(whole.seconds(DEVICE), rel=0.01)
