@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import torch
 from authors_formulation import AllExpertsLinear, AuthorsModel, OneProductLinear
-from peft_peer import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -41,6 +40,8 @@ def base_model(args: argparse.Namespace) -> Qwen3ForCausalLM:
 
 
 def lora(args: argparse.Namespace, r: int, dropout: float) -> nn.Module:
+    from peft_peer import LoraConfig, get_peft_model  # what else is here needs no PEFT
+
     config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=PROJECTIONS, bias="none")
     return wake(get_peft_model(base_model(args), config, autocast_adapter_dtype=False))
 
