@@ -110,7 +110,8 @@ class _GroupProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        x_TD, keep, mask, rows, bias_in, weight_out, bias_out, *saved = ctx.saved_tensors  # once
+        # All at once: where they were recomputed they can be asked for one time.
+        x_TD, keep, mask, rows, bias_in, weight_out, bias_out, *saved = ctx.saved_tensors
         lambda_logit, probs, weighted, lora_A, gate, weight_in, *rest = saved
         sizes, g, mlp = ctx.sizes, ctx.sizes.members, (bias_in, weight_out, bias_out)
         frozen, lora_B = rest[:g], rest[g:]
