@@ -15,7 +15,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ldmole_ds.ops.sparsegen_block import gradients_of, lambda_of, load_logits, sparsegen_of, store_sums
+from ldmole_ds.ops.sparsegen_block import (
+    gradients_of,
+    lambda_of,
+    load_logits,
+    sparsegen_of,
+    store_sums,
+    tokens_of_block,
+)
 
 
 @triton.jit
@@ -67,14 +74,10 @@ def group_forward_kernel(
     BLOCK_T: tl.constexpr,
 ):
     program = tl.program_id(0)
-    tokens = program * BLOCK_T + tl.arange(0, BLOCK_T)
+    tokens, in_tokens, real, routed = tokens_of_block(mask, num_tokens, HAS_MASK, MASK_PADDING, BLOCK_T)
     experts = tl.arange(0, E_PAD)
-    in_tokens, in_experts = tokens < num_tokens, experts < num_experts
+    in_experts = experts < num_experts
     here = in_experts[:, None] & in_tokens[None, :]
-    real = in_tokens
-    if HAS_MASK:
-        real = in_tokens & (tl.load(mask + tokens, mask=in_tokens, other=0) != 0)
-    routed = real if MASK_PADDING else in_tokens
     num_pairs = num_members * num_experts
 
     logit = tl.zeros((BLOCK_T,), dtype=tl.float32) + tl.load(bias_out).to(tl.float32)
@@ -145,14 +148,10 @@ def group_backward_kernel(
     BLOCK_T: tl.constexpr,
 ):
     program = tl.program_id(0)
-    tokens = program * BLOCK_T + tl.arange(0, BLOCK_T)
+    tokens, in_tokens, real, routed = tokens_of_block(mask, num_tokens, HAS_MASK, MASK_PADDING, BLOCK_T)
     experts = tl.arange(0, E_PAD)
-    in_tokens, in_experts = tokens < num_tokens, experts < num_experts
+    in_experts = experts < num_experts
     here = in_experts[:, None] & in_tokens[None, :]
-    real = in_tokens
-    if HAS_MASK:
-        real = in_tokens & (tl.load(mask + tokens, mask=in_tokens, other=0) != 0)
-    routed = real if MASK_PADDING else in_tokens
     num_pairs = num_members * num_experts
     num_rest = num_pairs + num_units  # rows from a gradient to what its rounding left out
 

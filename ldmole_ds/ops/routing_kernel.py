@@ -8,7 +8,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ldmole_ds.ops.sparsegen_block import gradients_of, lambda_of, load_logits, sparsegen_of, store_sums
+from ldmole_ds.ops.sparsegen_block import (
+    gradients_of,
+    lambda_of,
+    load_logits,
+    sparsegen_of,
+    store_sums,
+    tokens_of_block,
+)
 
 
 @triton.jit
@@ -35,13 +42,9 @@ def routing_forward_kernel(
     BLOCK_T: tl.constexpr,
 ):
     program = tl.program_id(0)
-    tokens = program * BLOCK_T + tl.arange(0, BLOCK_T)
+    tokens, in_tokens, real, routed = tokens_of_block(mask, num_tokens, HAS_MASK, MASK_PADDING, BLOCK_T)
     experts = tl.arange(0, E_PAD)
-    in_tokens, in_experts = tokens < num_tokens, experts < num_experts
-    real = in_tokens
-    if HAS_MASK:
-        real = in_tokens & (tl.load(mask + tokens, mask=in_tokens, other=0) != 0)
-    routed = real if MASK_PADDING else in_tokens
+    in_experts = experts < num_experts
 
     logit = tl.load(lambda_logits + tokens, mask=in_tokens, other=0.0).to(tl.float32)
     lam, slack, lambda_is_good = lambda_of(logit, LAMBDA_TOP)
@@ -102,13 +105,9 @@ def routing_backward_kernel(
     BLOCK_T: tl.constexpr,
 ):
     program = tl.program_id(0)
-    tokens = program * BLOCK_T + tl.arange(0, BLOCK_T)
+    tokens, in_tokens, real, routed = tokens_of_block(mask, num_tokens, HAS_MASK, MASK_PADDING, BLOCK_T)
     experts = tl.arange(0, E_PAD)
-    in_tokens, in_experts = tokens < num_tokens, experts < num_experts
-    real = in_tokens
-    if HAS_MASK:
-        real = in_tokens & (tl.load(mask + tokens, mask=in_tokens, other=0) != 0)
-    routed = real if MASK_PADDING else in_tokens
+    in_experts = experts < num_experts
 
     logit = tl.load(lambda_logits + tokens, mask=in_tokens, other=0.0).to(tl.float32)
     lam, slack, lambda_is_good = lambda_of(logit, LAMBDA_TOP)

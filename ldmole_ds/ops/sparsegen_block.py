@@ -21,6 +21,18 @@ import triton.language as tl
 
 
 @triton.jit
+def tokens_of_block(mask, num_tokens, HAS_MASK: tl.constexpr, MASK_PADDING: tl.constexpr, BLOCK_T: tl.constexpr):
+    """This program's tokens; which of them there are, which are not padding, and which are routed. ``(BLOCK_T,)``."""
+    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    in_tokens = tokens < num_tokens
+    real = in_tokens
+    if HAS_MASK:
+        real = in_tokens & (tl.load(mask + tokens, mask=in_tokens, other=0) != 0)
+    routed = real if MASK_PADDING else in_tokens
+    return tokens, in_tokens, real, routed
+
+
+@triton.jit
 def lambda_of(logit, LAMBDA_TOP: tl.constexpr):
     """``lambda, 1 - lambda`` and whether Sparsegen is defined; 1 - lambda is formed without cancellation."""
     minimum = tl.where(logit > 0, 0.0, logit)
