@@ -60,7 +60,7 @@ def group_forward_kernel(
     num_tokens,
     num_experts,
     num_members,
-    num_ranks,  # r
+    lora_rank,
     num_units,
     target,
     scaling,
@@ -84,7 +84,7 @@ def group_forward_kernel(
     for first in range(0, num_units, H_BLOCK):
         units = first + tl.arange(0, H_BLOCK)
         in_units = units < num_units
-        at = (num_pairs * num_ranks + num_pairs + units).to(tl.int64)[:, None] * num_tokens + tokens[None, :]
+        at = (num_pairs * lora_rank + num_pairs + units).to(tl.int64)[:, None] * num_tokens + tokens[None, :]
         hidden = _hidden_units(rows, at, bias_in, units, in_units, in_tokens)
         weight = tl.load(weight_out + units, mask=in_units, other=0.0).to(tl.float32)
         logit += tl.sum(hidden * weight[:, None], axis=0)
@@ -96,7 +96,7 @@ def group_forward_kernel(
 
     for member in range(num_members):
         pairs = member * num_experts + experts
-        at = (num_pairs * num_ranks + pairs).to(tl.int64)[:, None] * num_tokens + tokens[None, :]
+        at = (num_pairs * lora_rank + pairs).to(tl.int64)[:, None] * num_tokens + tokens[None, :]
         z, largest, good = load_logits(rows, at, in_experts, in_tokens, lambda_is_good)
         _, _, _, p = sparsegen_of(z, slack)
         is_broken = in_tokens & (good == 0)
@@ -106,11 +106,11 @@ def group_forward_kernel(
         row = sums + (program * num_members + member) * (2 * num_experts + 3)
         store_sums(row, z, p, largest, lam, real, routed, good, is_broken, experts, num_experts, target, SPARSITY)
 
-        for first in range(0, num_ranks, R_BLOCK):
-            ranks = first + tl.arange(0, R_BLOCK)
-            of_h = (pairs.to(tl.int64)[:, None] * num_ranks + ranks[None, :])[:, :, None] * num_tokens
+        for first in range(0, lora_rank, R_BLOCK):
+            rows_of_A = first + tl.arange(0, R_BLOCK)
+            of_h = (pairs.to(tl.int64)[:, None] * lora_rank + rows_of_A[None, :])[:, :, None] * num_tokens
             of_h += tokens[None, None, :]
-            inside = here[:, None, :] & (ranks < num_ranks)[None, :, None]
+            inside = here[:, None, :] & (rows_of_A < lora_rank)[None, :, None]
             h = tl.load(rows + of_h, mask=inside, other=0.0)
             h *= (weight * scaling)[:, None, :]
             tl.store(weighted + of_h, h.to(weighted.dtype.element_ty), mask=inside)
@@ -129,7 +129,7 @@ def group_backward_kernel(
     num_tokens,
     num_experts,
     num_members,
-    num_ranks,
+    lora_rank,
     num_units,
     target,
     scaling,
@@ -160,19 +160,19 @@ def group_backward_kernel(
     grad_lam = tl.zeros((BLOCK_T,), dtype=tl.float32)
     for member in range(num_members):
         pairs = member * num_experts + experts
-        at = (num_pairs * num_ranks + pairs).to(tl.int64)[:, None] * num_tokens + tokens[None, :]
-        rest_at = (num_pairs * num_ranks + num_rest + pairs).to(tl.int64)[:, None] * num_tokens + tokens[None, :]
+        at = (num_pairs * lora_rank + pairs).to(tl.int64)[:, None] * num_tokens + tokens[None, :]
+        rest_at = (num_pairs * lora_rank + num_rest + pairs).to(tl.int64)[:, None] * num_tokens + tokens[None, :]
         z, largest, good = load_logits(rows, at, in_experts, in_tokens, lambda_is_good)
         support, k, centred, p = sparsegen_of(z, slack)
         counts = routed & good
         weight = tl.where(counts[None, :], p, 0.0)
 
         grad = tl.zeros((E_PAD, BLOCK_T), dtype=tl.float32)
-        for first in range(0, num_ranks, R_BLOCK):
-            ranks = first + tl.arange(0, R_BLOCK)
-            of_h = (pairs.to(tl.int64)[:, None] * num_ranks + ranks[None, :])[:, :, None] * num_tokens
+        for first in range(0, lora_rank, R_BLOCK):
+            rows_of_A = first + tl.arange(0, R_BLOCK)
+            of_h = (pairs.to(tl.int64)[:, None] * lora_rank + rows_of_A[None, :])[:, :, None] * num_tokens
             of_h += tokens[None, None, :]
-            inside = here[:, None, :] & (ranks < num_ranks)[None, :, None]
+            inside = here[:, None, :] & (rows_of_A < lora_rank)[None, :, None]
             h = tl.load(rows + of_h, mask=inside, other=0.0)
             grad_h = tl.load(grad_rows + of_h, mask=inside, other=0.0).to(tl.float32) * scaling
             grad += tl.sum(grad_h * h, axis=1)
@@ -208,7 +208,7 @@ def group_backward_kernel(
     for first in range(0, num_units, H_BLOCK):
         units = first + tl.arange(0, H_BLOCK)
         in_units = units < num_units
-        of_unit = num_pairs * num_ranks + num_pairs + units
+        of_unit = num_pairs * lora_rank + num_pairs + units
         at = of_unit.to(tl.int64)[:, None] * num_tokens + tokens[None, :]
         rest_at = (of_unit + num_rest).to(tl.int64)[:, None] * num_tokens + tokens[None, :]
         hidden = _hidden_units(rows, at, bias_in, units, in_units, in_tokens)
